@@ -1,0 +1,105 @@
+"""Judge a model on held-out text with the training layout: perplexity, KL and agreement with the teacher.
+
+Token sums run over all replicas and are divided once, so the figures do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.data import MicroBatch
+from distill.forward import run_forward
+from distill.losses import evaluate_tokens
+from distill.step import head_of
+from parallel.collectives import all_reduce_
+from parallel.mesh import Mesh
+from parallel.model import StageModel
+from parallel.pipeline.actions import Kind
+from parallel.pipeline.p2p import Links
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a model reaches on a text."""
+
+    loss: float
+    """Cross-entropy with the text, nats per token."""
+    accuracy: float
+    """Share of tokens that are the model's most likely one."""
+    kl: float
+    """KL(teacher || model) at temperature 1, nats per token; 0 for the teacher itself."""
+    agreement: float
+    """Share of tokens on which model and teacher have the same most likely id; 1 for the teacher itself."""
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    def named(self) -> dict[str, float]:
+        """Return the figures under the names of the logs."""
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/kl": self.kl,
+            "eval/agreement": self.agreement,
+            "eval/accuracy": self.accuracy,
+        }
+
+
+def evaluate(
+    mesh: Mesh,
+    links: Links,
+    microbatches: Sequence[MicroBatch],
+    *,
+    student: StageModel | None = None,
+    teacher: StageModel | None = None,
+) -> Quality:
+    """Judge the student against the teacher, or the one model that is given alone.
+
+    Returns:
+        The quality over all replicas' tokens, on every rank.
+    Raises:
+        ValueError: no token to judge.
+    Collectives: those of the forward passes; one all-reduce over the world.
+    """
+    judged, reference = (student, teacher) if student is not None else (teacher, None)
+    judged_kind = Kind.F if student is not None else Kind.K
+    sums = torch.zeros(5, dtype=torch.float64)
+
+    def consume(batch: MicroBatch, hidden: dict[Kind, Tensor]) -> None:
+        stats = evaluate_tokens(
+            hidden[judged_kind].flatten(0, 1),
+            head_of(judged),
+            None if reference is None else hidden[Kind.K].flatten(0, 1),
+            None if reference is None else head_of(reference),
+            batch.labels_BS.flatten(),
+            tp=mesh.tp,
+        )
+        sums.add_(
+            torch.tensor(
+                [stats.nll_sum, stats.kl_sum, stats.agreement_count, stats.correct_count, stats.num_tokens],
+                dtype=torch.float64,
+            )
+        )
+
+    run_forward(mesh, links, microbatches, student=student, teacher=teacher, consume=consume)
+    total = (sums / mesh.tp.size).to(mesh.device)
+    all_reduce_(total, mesh.world)
+    nll, kl, agreement, correct, count = total.tolist()
+    if count == 0:
+        raise ValueError("the held-out text has no token to judge")
+    alone = reference is None
+    return Quality(
+        loss=nll / count,
+        accuracy=correct / count,
+        kl=0.0 if alone else kl / count,
+        agreement=1.0 if alone else agreement / count,
+        num_tokens=round(count),
+    )

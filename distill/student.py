@@ -1,0 +1,88 @@
+"""Where the student comes from: a ready folder, or a cut of the teacher scored on the teacher's own distributed stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from distill.config import Config
+from distill.data import IGNORE, MicroBatch
+from distill.forward import run_forward
+from distill.importance import ActivationRecorder, gather_scores, weight_scores
+from distill.prune import choose, prune_checkpoint
+from distill.scores import Scores
+from distill.shape import resolve_shape
+from distill.structure import Sizes
+from parallel.collectives import barrier
+from parallel.mesh import Mesh
+from parallel.model import StageModel
+from parallel.pipeline.p2p import Links
+
+SCORES_FILE = "scores.safetensors"
+
+
+def score_teacher(
+    teacher: StageModel, mesh: Mesh, links: Links, microbatches: Sequence[MicroBatch], *, method: str
+) -> Scores:
+    """Score every unit of the teacher, on the stages and shards as they stand.
+
+    Args:
+        links: channels for K.
+        microbatches: this replica's calibration text; not used by `l1`.
+        method: `activation` or `l1`.
+    Returns:
+        The whole model's scores, on every rank.
+    Collectives: a forward pass over the text, then gathers over tp, dp and pp.
+    """
+    sizes = Sizes.of(teacher.config)
+    if method == "l1":
+        return gather_scores(weight_scores(teacher.layers, sizes), mesh)
+    with ActivationRecorder(teacher.layers, sizes) as recorder:
+        run_forward(
+            mesh,
+            links,
+            microbatches,
+            teacher=teacher,
+            before=lambda batch: recorder.expect(batch.labels_BS != IGNORE),
+        )
+    return gather_scores(recorder.measured, mesh)
+
+
+def prune_teacher(
+    config: Config,
+    mesh: Mesh,
+    *,
+    teacher: StageModel,
+    teacher_config: PretrainedConfig,
+    teacher_folder: Path,
+    links: Links,
+    microbatches: Sequence[MicroBatch],
+    target: Path,
+) -> float:
+    """Write the pruned student to `target`, with the scores and kept indices; a folder that is there is kept.
+
+    Returns:
+        Seconds it took (0 for a folder that was there).
+    Raises:
+        ConfigError: the shape asked for cannot be had.
+    Collectives: those of `score_teacher`; barriers over the world.
+    """
+    start_s = time.perf_counter()
+    barrier(mesh.world)
+    if target.exists():
+        return 0.0
+    prune = config.student.prune
+    shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
+    scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
+    if mesh.world.is_first:
+        kept = choose(scores, teacher_config, shape)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scores.save(target.parent / SCORES_FILE)
+        provenance = {"teacher": config.teacher.model, "prune": asdict(prune)}
+        prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance=provenance)
+    barrier(mesh.world)
+    return time.perf_counter() - start_s

@@ -1,0 +1,230 @@
+"""The training loop: one step after the other, judged, logged, saved, and exported at the end.
+
+Read top to bottom. A request to stop is agreed on by all ranks between steps; what a step costs beyond the plan is one
+small all-reduce (the request and the peak of memory). Steps are counted from 1 in everything a user sees.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import Config, ConfigError
+from distill.deploy.export import export_student, model_card
+from distill.evaluate import Quality, evaluate
+from distill.metrics import RunLog, StepMetrics
+from distill.session import DTYPES, Session, open_session
+from distill.step import StepStats
+from distill.stop import Stop
+from distill.timeline import write_timeline
+from parallel import checkpoint
+from parallel.collectives import all_reduce_, broadcast_object
+from parallel.mesh import Mesh
+from parallel.model import StageModel
+from parallel.weights import parameter_table
+
+STUDENT_FOLDER = "student"
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    prune_s: float = 0.0
+
+
+def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
+    """Prune, distil, judge and export, or go on with a run that was interrupted.
+
+    Args:
+        config: checked settings; `run.dir` has been accepted.
+        mesh: all ranks.
+        stop: read between steps.
+    Returns:
+        The summary; `finished` says whether all steps were done.
+    Raises:
+        ConfigError: a mistake that only the models, the corpus or the checkpoint show.
+    """
+    folder = Path(config.run.dir)
+    session = open_session(config, mesh)
+    state = _resume(config, mesh, session, folder)
+    total_steps = config.train.steps
+    with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log:
+        stop.call_before_kill(log.close)
+        _say_start(log, config, session, state)
+        if state.step == 0:
+            _judge(log, mesh, session, step=0, who="teacher")
+            _judge(log, mesh, session, step=0, who="student")
+        while state.step < total_steps:
+            microbatches = [batch.to(mesh.device) for batch in session.batches.step(state.step)]
+            stats = session.step(state.step, microbatches)
+            state.step += 1
+            state.tokens += stats.num_valid_tokens
+            stopping, peak_bytes = _agree(mesh, stop)
+            log.step(_metrics(state, stats, peak_bytes), total_steps=total_steps)
+            if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
+                _judge(log, mesh, session, step=state.step, who="student")
+            done = state.step == total_steps
+            if done or stopping or _is_due(config.checkpoint.every, state.step):
+                _save(config, mesh, session, state, folder)
+            if stopping and not done:
+                log.say(
+                    f"stopped after step {state.step} of {total_steps}; the same command goes on from there"
+                )
+                return log.finish({"finished": False})
+        _judge(log, mesh, session, step=total_steps, who="student")
+        if session.step.last_events:
+            write_timeline(folder, mesh, session.plan, session.step.last_events)
+        return _finish(log, config, mesh, session, state, folder)
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _State:
+    """Load the checkpoint that `checkpoint.resume` names, if there is one."""
+    choice = config.checkpoint.resume
+    if choice == "none":
+        found = None
+    elif choice == "auto":
+        found = checkpoint.latest(folder / "checkpoints", mesh)
+    else:
+        found = Path(choice)
+    if found is None:
+        return _State(prune_s=session.prune_s)
+    try:
+        manifest = checkpoint.restore(found, session.optimizer, mesh)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
+    return _State(step=manifest.step, tokens=manifest.extras["tokens"], prune_s=manifest.extras["prune_s"])
+
+
+def _save(config: Config, mesh: Mesh, session: Session, state: _State, folder: Path) -> None:
+    extras = {"tokens": state.tokens, "prune_s": state.prune_s}
+    checkpoint.save(
+        folder / "checkpoints",
+        state.step,
+        session.optimizer,
+        mesh,
+        extras=extras,
+        keep=config.checkpoint.keep,
+    )
+
+
+def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:
+    """Return whether any rank was asked to stop, and the largest peak of memory. Collectives: one all-reduce."""
+    if mesh.device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(mesh.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    report = torch.tensor([int(stop.requested), peak_bytes], dtype=torch.int64, device=mesh.device)
+    all_reduce_(report, mesh.world, op="max")
+    stopping, peak = report.tolist()
+    return bool(stopping), peak
+
+
+def _metrics(state: _State, stats: StepStats, peak_bytes: int) -> StepMetrics:
+    return StepMetrics(
+        step=state.step,
+        round=0,
+        tokens=state.tokens,
+        loss_total=stats.total,
+        loss_hard=stats.hard,
+        loss_soft=stats.soft,
+        grad_norm=stats.grad_norm,
+        lr=stats.learning_rate,
+        step_s=stats.step_s,
+        tokens_per_s=stats.num_valid_tokens / stats.step_s,
+        bubble_fraction=stats.bubble_fraction,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) -> Quality:
+    """Judge the teacher alone or the student against it, and log it."""
+    student = session.student if who == "student" else None
+    quality = evaluate(mesh, session.links, session.judging, student=student, teacher=session.teacher)
+    log.evaluation(step=step, round=0, model=who, values=quality.named())
+    return quality
+
+
+def num_parameters(stage: StageModel, mesh: Mesh) -> int:
+    """Return the parameters of the whole model, tied ones once. Collectives: one all-reduce over pp x tp."""
+    count = sum(
+        entry.parameter.numel()
+        for entry in parameter_table(stage)
+        if not entry.is_tied_copy and (entry.shard is not None or mesh.tp.is_first)
+    )
+    total = torch.tensor(count, device=mesh.device)
+    all_reduce_(total, mesh.model)
+    return int(total)
+
+
+def _say_start(log: RunLog, config: Config, session: Session, state: _State) -> None:
+    rows = len(session.corpus.train)
+    log.say(
+        f"{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
+        f"{session.student_config.num_hidden_layers} layers; {rows:,} rows of {config.data.seq_len} tokens to train on, "
+        f"{len(session.corpus.held_out):,} held out"
+    )
+    if state.step:
+        log.say(f"going on after step {state.step} of {config.train.steps}")
+
+
+def _finish(
+    log: RunLog, config: Config, mesh: Mesh, session: Session, state: _State, folder: Path
+) -> dict[str, Any]:
+    """Export the student and write the summary with the result table."""
+    sizes = [num_parameters(stage, mesh) for stage in (session.teacher, session.student)]
+    summary: dict[str, Any] = {}
+    if mesh.world.is_first:
+        tokens = log.steps[-1]["tokens"] if log.steps else 0
+        summary = {"finished": True, "tokens": tokens, "table": _table(log, sizes, state.prune_s)}
+        summary |= {
+            "student": str(folder / STUDENT_FOLDER),
+            "parameters": dict(zip(("teacher", "student"), sizes)),
+        }
+    card = model_card(config, summary) if mesh.world.is_first else ""
+    export_student(
+        session.student,
+        mesh,
+        folder / STUDENT_FOLDER,
+        source=session.models.student_folder,
+        model_config=session.student_config,
+        card=card,
+        dtype=DTYPES[config.train.dtype],
+    )
+    return broadcast_object(log.finish(summary), mesh.world)
+
+
+def _table(log: RunLog, sizes: list[int], prune_s: float) -> list[dict[str, Any]]:
+    """Return the rows teacher, student as it started, student as it ended."""
+    judged = log.evaluations
+    teacher = next(line for line in judged if line["model"] == "teacher")
+    students = [line for line in judged if line["model"] == "student"]
+    named = (
+        ("teacher", teacher, 0.0),
+        ("pruned", students[0], prune_s),
+        ("pruned + distilled", students[-1], prune_s),
+    )
+    return [
+        {
+            "model": name,
+            "parameters": sizes[0] if name == "teacher" else sizes[1],
+            "perplexity": line["eval/perplexity"],
+            "agreement": line["eval/agreement"],
+            "loss": line["eval/loss"],
+            "kl": line["eval/kl"],
+            "seconds": seconds + (log.trained_s if line is students[-1] else 0.0),
+        }
+        for name, line, seconds in named
+    ]

@@ -1,0 +1,180 @@
+"""Checkpoints of a training run: written beside and renamed, complete or absent.
+
+    checkpoints/step-00000120/
+      manifest.json                 step, layout, fingerprint of the model, size of each file, the caller's extras
+      stage-000-tp-00.safetensors   for each parameter of the stage: master weight and both moments, local shards
+
+A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
+folder. Data-parallel replicas are equal, so only dp rank 0 writes. The teacher is not in it. Only JSON and safetensors
+are read. Restores into the same pp and tp; the data-parallel size is free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.mesh import Mesh
+from parallel.optimizer import StageOptimizer
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    """Optimizer steps done."""
+    layout: dict[str, int]
+    files: dict[str, int]
+    """File name -> bytes."""
+    extras: dict[str, Any]
+
+
+def _file_name(mesh: Mesh) -> str:
+    return f"stage-{mesh.pp.rank:03d}-tp-{mesh.tp.rank:02d}.safetensors"
+
+
+def _layout(mesh: Mesh) -> dict[str, int]:
+    return {"pp": mesh.pp.size, "tp": mesh.tp.size}
+
+
+def save(
+    root: Path, step: int, optimizer: StageOptimizer, mesh: Mesh, *, extras: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        extras: JSON values of the caller (round, fingerprints).
+    Returns:
+        The checkpoint's folder.
+    Collectives: over the world: a barrier, a gather of file sizes, a barrier.
+    """
+    final = root / f"step-{step:08d}"
+    temporary = root / f"{final.name}.partial"
+    if mesh.world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier(mesh.world)
+    written: dict[str, int] = {}
+    if mesh.dp.is_first:
+        path = temporary / _file_name(mesh)
+        tensors = {
+            f"{name}/{entry.name}{'@tied' if entry.is_tied_copy else ''}": view.detach().cpu().clone()
+            for entry, views in optimizer.state()
+            for name, view in views.items()
+        }
+        save_file(tensors, path)
+        _sync(path)
+        written[path.name] = path.stat().st_size
+    reports = gather_objects(written, mesh.world)
+    if mesh.world.is_first:
+        files = {name: size for report in reports for name, size in report.items()}
+        manifest = {"step": step, "layout": _layout(mesh), "files": files, "extras": extras}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        _sync(temporary / MANIFEST)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(root)
+        for old in complete_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    barrier(mesh.world)
+    return final
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk: a rename must not arrive before the bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first."""
+    return sorted(
+        path for path in root.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).exists()
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and check that its files are there in full.
+
+    Raises:
+        CheckpointError: no manifest, or a file is missing or has another size.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for name, size in manifest.files.items():
+        file = folder / Path(name).name
+        found = file.stat().st_size if file.exists() else 0
+        if found != size:
+            raise CheckpointError(f"{file} has {found} bytes, its checkpoint says {size}")
+    return manifest
+
+
+def latest(root: Path, mesh: Mesh) -> Path | None:
+    """Return the newest complete checkpoint, the same on every rank, or None. Collectives: one broadcast."""
+    found = complete_checkpoints(root) if mesh.world.is_first else []
+    return broadcast_object(found[-1] if found else None, mesh.world)
+
+
+@torch.no_grad()
+def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
+    """Load this rank's masters and moments, bit for bit, and refresh the parameters.
+
+    Raises:
+        CheckpointError: another pp or tp, a broken file, a tensor that is missing, left over or of another shape.
+    """
+    manifest = read_manifest(folder)
+    if manifest.layout != _layout(mesh):
+        wanted, here = (
+            ", ".join(f"mesh.{k}={v}" for k, v in layout.items())
+            for layout in (manifest.layout, _layout(mesh))
+        )
+        raise CheckpointError(f"{folder} was written with {wanted}; this run has {here}; use the same layout")
+    path = folder / _file_name(mesh)
+    try:
+        with safe_open(path, framework="pt") as file:
+            left = set(file.keys())
+            for entry, views in optimizer.state():
+                for name, view in views.items():
+                    key = f"{name}/{entry.name}{'@tied' if entry.is_tied_copy else ''}"
+                    if key not in left:
+                        raise CheckpointError(f"{path} has no tensor {key!r}; it belongs to another student")
+                    tensor = file.get_tensor(key)
+                    if tensor.shape != view.shape:
+                        raise CheckpointError(
+                            f"{path}: {key!r} is {list(tensor.shape)}, here {list(view.shape)}"
+                        )
+                    view.copy_(tensor)
+                    left.discard(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if left:
+        raise CheckpointError(
+            f"{path} holds tensors that this student does not have: {', '.join(sorted(left)[:4])}"
+        )
+    optimizer.set_step(manifest.step)
+    return manifest

@@ -1,0 +1,133 @@
+"""One trajectory, whatever the layout: five steps against plain PyTorch in one process, float64, to 1e-9."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.equivalence.trajectory import ADAMW, ROWS, Case, Trajectory, run_cases, run_reference, save_models
+from tests.workers import WorkerError, run_distributed
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
+LAYOUTS += [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+SCHEDULES, TEACHERS, STUDENTS = ("gpipe", "1f1b"), ("inline", "batch"), ("untied", "tied")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, str]) -> dict[str, Trajectory]:
+    return {student: run_reference(student, folders) for student in STUDENTS}
+
+
+def _check(case: Case, ranks: list[Trajectory], reference: Trajectory) -> None:
+    assert max(reference.norms) > ADAMW.clip, "clipping must be active"
+    seen = set()
+    for trajectory in ranks:
+        torch.testing.assert_close(
+            torch.tensor(trajectory.losses),
+            torch.tensor(reference.losses),
+            rtol=1e-9,
+            atol=1e-9,
+            msg=f"{case}: losses",
+        )
+        torch.testing.assert_close(
+            torch.tensor(trajectory.norms),
+            torch.tensor(reference.norms),
+            rtol=1e-9,
+            atol=1e-9,
+            msg=f"{case}: norms",
+        )
+        for name, parameter in trajectory.parameters.items():
+            expected = reference.parameters[name.removesuffix("@tied")]
+            torch.testing.assert_close(
+                parameter, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{case} {n}: {m}"
+            )
+            seen.add(name.removesuffix("@tied"))
+    assert seen == reference.parameters.keys()
+
+
+def _run(cases: list[Case], folders: dict[str, str], references: dict[str, Trajectory]) -> None:
+    world_size = cases[0].pp * cases[0].dp * cases[0].tp
+    results = run_distributed(world_size, run_cases, cases, folders, timeout_s=900)
+    for index, case in enumerate(cases):
+        _check(case, [rank[index] for rank in results], references[case.student])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout))
+def test_every_layout(
+    layout: tuple[int, int, int], folders: dict[str, str], references: dict[str, Trajectory]
+) -> None:
+    most = ROWS // layout[1]
+    cases = [
+        Case(*layout, "1f1b", "inline", "untied", most),
+        Case(*layout, "gpipe", "batch", "tied", most, slices=2),
+        Case(*layout, "1f1b", "batch", "tied", 1),
+        Case(*layout, "gpipe", "inline", "untied", 2),
+    ]
+    _run(cases, folders, references)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout))
+def test_every_layout_in_every_way(
+    layout: tuple[int, int, int], folders: dict[str, str], references: dict[str, Trajectory]
+) -> None:
+    counts = [count for count in (1, 2, 4, 8) if ROWS % (layout[1] * count) == 0]
+    ways = itertools.product(SCHEDULES, TEACHERS, STUDENTS, counts)
+    _run([Case(*layout, *way) for way in ways], folders, references)
+
+
+def test_recomputing_activations_changes_nothing(
+    folders: dict[str, str], references: dict[str, Trajectory]
+) -> None:
+    _run([Case(2, 1, 1, "1f1b", "inline", "tied", 4, slices=3, recompute=True)], folders, references)
+
+
+def _without_tie(cases: list[Case], folders: dict[str, str]) -> list[Trajectory]:
+    from dataclasses import replace
+
+    from parallel.mesh import Axis, Mesh
+
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    broken = replace(mesh, tie=Axis("tie"))
+    from tests.equivalence.trajectory import run_case
+
+    return [run_case(case, folders, broken) for case in cases]
+
+
+def test_a_forgotten_tie_is_seen(folders: dict[str, str], references: dict[str, Trajectory]) -> None:
+    case = Case(2, 1, 1, "1f1b", "inline", "tied", 2)
+    results = run_distributed(2, _without_tie, [case], folders)
+    with pytest.raises(AssertionError, match="norms"):
+        _check(case, [rank[0] for rank in results], references["tied"])
+
+
+def _fails_in_the_middle(cases: list[Case], folders: dict[str, str]) -> None:
+    from parallel.pipeline import stage
+
+    original = stage.TrainStage.backward
+
+    def backward(self: stage.TrainStage, microbatch: int, grad: torch.Tensor) -> torch.Tensor | None:
+        if microbatch == 1 and torch.distributed.get_rank() == 1:
+            raise ArithmeticError("broken on purpose")
+        return original(self, microbatch, grad)
+
+    stage.TrainStage.backward = backward
+    try:
+        run_cases(cases, folders)
+    finally:
+        stage.TrainStage.backward = original
+
+
+def test_a_failure_names_the_rank_and_the_action(folders: dict[str, str]) -> None:
+    case = Case(2, 1, 1, "1f1b", "inline", "tied", 4)
+    with pytest.raises(
+        WorkerError, match=r"rank 1 \(pp 1, dp 0, tp 0\) failed at 1B1: ArithmeticError: broken on purpose"
+    ):
+        run_distributed(2, _fails_in_the_middle, [case], folders)

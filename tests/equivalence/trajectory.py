@@ -1,0 +1,184 @@
+"""Five steps of one small distillation, twice: by the framework in any layout, and by plain PyTorch in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.config import Loss
+from distill.data import IGNORE, MicroBatch
+from distill.step import DistillationStep, messages
+from parallel.mesh import Mesh
+from parallel.model import StageModel, build_stage
+from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.pipeline.lower import add_communication
+from parallel.pipeline.p2p import Links
+from parallel.pipeline.schedules import make_plan
+from parallel.pipeline.validate import check_deadlock, validate
+from parallel.weights import gather_tensor, load_weights
+from tests.families import save_tiny, tiny_config, tiny_model
+
+ROWS, SEQ_LEN, STEPS = 8, 9, 5
+LOSS = Loss(kind="forward_kl", temperature=2.0, alpha=0.3)
+ADAMW = AdamWOptions(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, clip=0.2)
+RATE = LearningRate(peak=1e-3, warmup_steps=2, total_steps=STEPS)
+TEACHER = tiny_config("qwen3", hidden_size=48, num_hidden_layers=5, intermediate_size=40)
+STUDENTS = {
+    "untied": tiny_config("llama", tie_word_embeddings=False),
+    "tied": tiny_config("qwen3", tie_word_embeddings=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same trajectory."""
+
+    pp: int
+    dp: int
+    tp: int
+    schedule: str
+    teacher: str
+    student: str
+    num_microbatches: int
+    slices: int = 1
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What must agree: per step the losses and the norm, and the parameters at the end by name."""
+
+    losses: list[tuple[float, float, float]]
+    norms: list[float]
+    parameters: dict[str, Tensor]
+
+
+def save_models(folder: Path) -> dict[str, str]:
+    """Write the teacher and both students; return their folders."""
+    configs = {"teacher": TEACHER, **STUDENTS}
+    return {
+        name: str(save_tiny(folder / name, config, seed=seed))
+        for seed, (name, config) in enumerate(configs.items())
+    }
+
+
+def batch_of(step: int) -> MicroBatch:
+    """Return the whole global batch of a step: packed documents, ignored positions, one row with nothing to learn."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(3, 97, (ROWS, SEQ_LEN), generator=generator)
+    positions = torch.arange(SEQ_LEN).repeat(ROWS, 1)
+    positions[1::2, 4:] -= 4
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = IGNORE
+    labels[1::2, 3] = IGNORE
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
+    labels[(step + 2) % ROWS] = IGNORE
+    return MicroBatch(input_ids_BS=ids, position_ids_BS=positions, labels_BS=labels)
+
+
+def _microbatches(step: int, mesh: Mesh, num_microbatches: int) -> list[MicroBatch]:
+    whole = batch_of(step)
+    mine = [
+        tensor.chunk(mesh.dp.size)[mesh.dp.rank]
+        for tensor in (whole.input_ids_BS, whole.position_ids_BS, whole.labels_BS)
+    ]
+    return [
+        MicroBatch(*parts) for parts in zip(*(tensor.chunk(num_microbatches) for tensor in mine), strict=True)
+    ]
+
+
+def load_stages(
+    case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype
+) -> tuple[StageModel, StageModel]:
+    """Build and load this rank's student and teacher."""
+    shared = {"pp": mesh.pp, "tp": mesh.tp, "dtype": dtype}
+    student = build_stage(STUDENTS[case.student], recompute=case.recompute, **shared)
+    teacher = build_stage(TEACHER, trainable=False, num_slices=case.slices, **shared)
+    load_weights(student, Path(folders[case.student]))
+    load_weights(teacher, Path(folders["teacher"]))
+    return student, teacher
+
+
+def run_case(
+    case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype = torch.float64
+) -> Trajectory:
+    """Run the framework's step five times in the case's layout; parameters are this rank's stage, whole tensors."""
+    student, teacher = load_stages(case, folders, mesh, dtype)
+    optimizer = StageOptimizer.of_stage(student, mesh, ADAMW, RATE)
+    plan = add_communication(
+        make_plan(
+            schedule=case.schedule,
+            teacher=case.teacher,
+            num_ranks=mesh.pp.size,
+            num_microbatches=case.num_microbatches,
+            num_slices=case.slices,
+        )
+    )
+    validate(plan)
+    check_deadlock(plan)
+    rows = ROWS // (case.dp * case.num_microbatches)
+    links = Links(mesh, messages(student, teacher, rows=rows, seq_len=SEQ_LEN))
+    step = DistillationStep(
+        mesh=mesh, student=student, teacher=teacher, optimizer=optimizer, plan=plan, loss=LOSS, links=links
+    )
+    stats = [step(index, _microbatches(index, mesh, case.num_microbatches)) for index in range(STEPS)]
+    return Trajectory(
+        losses=[(s.total, s.hard, s.soft) for s in stats],
+        norms=[s.grad_norm for s in stats],
+        parameters={
+            entry.name + ("@tied" if entry.is_tied_copy else ""): gather_tensor(
+                entry.parameter.detach(), entry
+            ).clone()
+            for entry, _ in optimizer.state()
+        },
+    )
+
+
+def run_cases(cases: list[Case], folders: dict[str, str]) -> list[Trajectory]:
+    """Run cases of one layout on the ranks of a test launch."""
+    first = cases[0]
+    mesh = Mesh.create(pp=first.pp, dp=first.dp, tp=first.tp)
+    return [run_case(case, folders, mesh) for case in cases]
+
+
+def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
+    """Run the same steps with unmodified transformers models, torch's AdamW and the loss written as its formula."""
+    model, teacher = tiny_model(STUDENTS[student]), tiny_model(TEACHER)
+    for target, name in ((model, student), (teacher, "teacher")):
+        target.load_state_dict(type(target).from_pretrained(folders[name], dtype=torch.float64).state_dict())
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": groups[0], "weight_decay": ADAMW.weight_decay},
+            {"params": groups[1], "weight_decay": 0.0},
+        ],
+        betas=ADAMW.betas,
+        eps=ADAMW.eps,
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = batch_of(step)
+        inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+        logits = model(**inputs).logits.flatten(0, 1)
+        with torch.no_grad():
+            teacher_logits = teacher(**inputs).logits.flatten(0, 1)
+        labels = batch.labels_BS.flatten()
+        valid = labels != IGNORE
+        count = valid.sum()
+        hard = F.cross_entropy(logits[valid], labels[valid], reduction="sum") / count
+        log_q = torch.log_softmax(logits[valid] / LOSS.temperature, dim=-1)
+        log_p = torch.log_softmax(teacher_logits[valid] / LOSS.temperature, dim=-1)
+        soft = LOSS.temperature**2 * (log_p.exp() * (log_p - log_q)).sum() / count
+        total = LOSS.alpha * hard + (1 - LOSS.alpha) * soft
+        optimizer.zero_grad()
+        total.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = RATE.at(step)
+        optimizer.step()
+        losses.append((total.item(), hard.item(), soft.item()))
+    return Trajectory(losses, norms, {name: p.detach() for name, p in model.named_parameters()})

@@ -1,0 +1,100 @@
+"""Collectives and the mesh: shapes, uneven shards, and backward against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.collectives import (
+    all_gather,
+    all_reduce_,
+    broadcast_object,
+    copy_to_tp,
+    gather_from_tp,
+    gather_objects,
+    reduce_from_tp,
+    shard_range,
+    shard_sizes,
+    split_to_tp,
+)
+from parallel.mesh import Axis, Mesh, coordinates_of
+from tests.workers import run_distributed
+
+
+def test_shards_cover_every_size_once() -> None:
+    for size in range(12):
+        for count in range(1, 6):
+            covered = [i for index in range(count) for i in range(*shard_range(size, count, index))]
+            assert covered == list(range(size))
+            assert max(shard_sizes(size, count)) - min(shard_sizes(size, count)) <= 1
+
+
+def _boundaries() -> None:
+    mesh = Mesh.create(pp=1, dp=1, tp=3)
+    tp, rank = mesh.tp, mesh.tp.rank
+    sizes = shard_sizes(7, 3)
+    full = torch.arange(14.0).view(2, 7)
+    mine = full.split(sizes, dim=-1)[rank].clone().requires_grad_()
+    gathered = gather_from_tp(mine, tp, sizes)
+    assert torch.equal(gathered, full) and gathered.is_contiguous()
+    (gathered * full).sum().backward()
+    assert torch.equal(mine.grad, full.split(sizes, dim=-1)[rank])
+
+    whole = full.clone().requires_grad_()
+    (split_to_tp(whole, tp, sizes) * (rank + 1)).sum().backward()
+    factors = torch.cat([torch.full((2, size), index + 1.0) for index, size in enumerate(sizes)], dim=-1)
+    assert torch.equal(whole.grad, factors)
+
+    x = torch.ones(3, requires_grad=True)
+    copied = copy_to_tp(x, tp)
+    assert torch.equal(copied, x)
+    (copied * (rank + 1)).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 6.0))
+
+    y = torch.full((3,), rank + 1.0, requires_grad=True)
+    total = reduce_from_tp(y, tp)
+    assert torch.equal(total, torch.full((3,), 6.0))
+    total.sum().backward()
+    assert torch.equal(y.grad, torch.ones(3)), "the gradient of a replicated sum must not be summed again"
+    assert torch.equal(y.detach(), torch.full((3,), rank + 1.0)), "the input must not be reduced in place"
+
+    rows = torch.full((sizes[rank], 2), float(rank))
+    assert all_gather(rows, tp, dim=0, sizes=sizes).shape == (7, 2)
+    assert gather_objects(rank, tp) == [0, 1, 2]
+    assert broadcast_object("x" if rank == 1 else None, tp, source=1) == "x"
+    with pytest.raises(ValueError, match="requires grad"):
+        all_reduce_(torch.ones(1, requires_grad=True), tp)
+
+
+def test_boundaries_of_a_tensor_parallel_region() -> None:
+    run_distributed(3, _boundaries)
+
+
+def _layout() -> dict[str, tuple]:
+    mesh = Mesh.create(pp=2, dp=1, tp=2)
+    axes = {name: getattr(mesh, name) for name in ("pp", "dp", "tp", "model", "batch", "tie", "world")}
+    return {name: (axis.ranks, axis.rank) for name, axis in axes.items()}
+
+
+def test_axes_of_four_ranks() -> None:
+    layouts = run_distributed(4, _layout)
+    assert layouts[3] == {
+        "pp": ((1, 3), 1),
+        "dp": ((3,), 0),
+        "tp": ((2, 3), 1),
+        "model": ((0, 1, 2, 3), 3),
+        "batch": ((1, 3), 1),
+        "tie": ((1, 3), 1),
+        "world": ((0, 1, 2, 3), 3),
+    }
+    assert coordinates_of(5, dp=2, tp=2) == (1, 0, 1)
+
+
+def _too_small() -> None:
+    with pytest.raises(ValueError, match="the world has 2"):
+        Mesh.create(pp=2, dp=2, tp=1)
+
+
+def test_a_mesh_must_fill_the_world() -> None:
+    run_distributed(2, _too_small)
+    assert Mesh.single().tp == Axis("tp")
