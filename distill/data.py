@@ -1,0 +1,222 @@
+"""Serve packed rows of text as micro-batches, as a pure function of the step.
+
+Decides: which rows make up the global batch of a step, and who gets which of them. The rows form an endless stream, epoch
+after epoch, each in a seeded order of its own; step s takes stream positions s*G to s*G + G - 1. So resuming needs the step
+number only, looking ahead is free, and the tokens of a step do not depend on the mesh: the batch is cut into contiguous
+shares over dp, each share into micro-batches, and all pp and tp ranks of a replica read the same rows. Reading and
+splitting a corpus is `distill.corpus`, cutting and packing `distill.packing`.
+
+Letters: B rows of a micro-batch, S positions of a row, R rows of a corpus, G rows of a global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.config import ConfigError, Data
+from distill.corpus import Part, read_documents, select_part
+from distill.packing import IGNORE, Cutter, Row, Rows, build_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORE",
+    "Batches",
+    "MicroBatch",
+    "Row",
+    "Rows",
+    "check_seq_len",
+    "load_rows",
+    "num_valid_tokens",
+    "sequential_microbatches",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one pipeline micro-batch holds, the same on every rank of a replica; all [B, S] int64.
+
+    Positions restart at 0 at each piece of text and at padding. Labels are already shifted: labels[b, s] is the token that
+    position s must predict, or IGNORE (last token of a piece, padding).
+    """
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    labels_BS: Tensor
+
+    @property
+    def num_valid_tokens(self) -> int:
+        """Positions that have a label."""
+        return int((self.labels_BS != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return this micro-batch on a device."""
+        return MicroBatch(
+            self.input_ids_BS.to(device), self.position_ids_BS.to(device), self.labels_BS.to(device)
+        )
+
+
+def num_valid_tokens(microbatches: Iterable[MicroBatch]) -> int:
+    """Return the number of labels in all micro-batches together."""
+    return sum(microbatch.num_valid_tokens for microbatch in microbatches)
+
+
+def check_seq_len(seq_len: int, config: PreTrainedConfig, which: str) -> None:
+    """Refuse rows longer than a model has positions for.
+
+    Args:
+        seq_len: `data.seq_len`.
+        config: the model's configuration.
+        which: whose it is, for the message: "teacher" or "student".
+    Raises:
+        ConfigError: `seq_len` exceeds max_position_embeddings.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ConfigError(
+            f"data.seq_len={seq_len} exceeds max_position_embeddings={limit} of the {which}; use at most {limit}"
+        )
+
+
+def load_rows(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    part: Part,
+    seed: int,
+    cache_dir: Path,
+    show_progress: bool = False,
+) -> Rows:
+    """Return one part of a corpus as packed rows, tokenised on first use only.
+
+    Args:
+        data: the `data` group of the configuration.
+        tokenizer: of the teacher; fast, with an EOS token.
+        part: "train" or "held_out"; the two share no document.
+        seed: of the choice which documents are held out.
+        cache_dir: where rows and Arrow files are kept; every rank may call, a run best lets one rank be first.
+        show_progress: show bars while reading and tokenising.
+    Raises:
+        ConfigError: whatever is wrong with `data.*`, or the part holds no document.
+    """
+    cutter = Cutter.create(tokenizer, seq_len=data.seq_len, split_sentences=data.split_sentences)
+    whole = read_documents(data, cache_dir=cache_dir, show_progress=show_progress)
+    documents = select_part(whole, part=part, held_out_fraction=data.held_out_fraction, seed=seed)
+    if not len(documents):
+        raise ConfigError(
+            f"data.held_out_fraction={data.held_out_fraction} leaves no document of data.path={data.path} for the "
+            f"{part} part; use a fraction above 0 and below 1, such as 0.1"
+        )
+    label = f"{part} text"
+    return build_rows(
+        documents["text"], cutter, cache_dir=cache_dir, show_progress=show_progress, label=label
+    )
+
+
+class Batches:
+    """The micro-batches of one data-parallel rank, for any step."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        global_batch_size: int,
+        microbatch_size: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        """Share the rows of each step out.
+
+        Args:
+            rows: the training rows, R of them.
+            global_batch_size: G, rows in one step over the whole mesh.
+            microbatch_size: B, rows in one micro-batch.
+            seed: of the order of the rows; another order every epoch.
+            dp_rank: which share of each global batch.
+            dp_size: number of shares.
+        Raises:
+            ConfigError: R < G, or G is no multiple of dp * B.
+        """
+        if len(rows) < global_batch_size:
+            raise ConfigError(
+                f"train.global_batch_size={global_batch_size} is more than the {len(rows)} rows of {rows.seq_len} tokens "
+                f"that data.path gives; use at most {len(rows)}, a smaller data.seq_len, or more text"
+            )
+        if global_batch_size % (dp_size * microbatch_size):
+            raise ConfigError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of mesh.dp={dp_size} times "
+                f"train.microbatch_size={microbatch_size}; use a multiple of {dp_size * microbatch_size}"
+            )
+        self.rows = rows
+        self.global_batch_size = global_batch_size
+        self.microbatch_size = microbatch_size
+        self.seed = seed
+        self.num_microbatches = global_batch_size // (dp_size * microbatch_size)
+        self._share_start = dp_rank * (global_batch_size // dp_size)
+        # A step may straddle two epochs, and the teacher may already be in the next one.
+        self._order = lru_cache(maxsize=3)(self._permutation)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of a step (counted from 0), in order; depends on nothing but the arguments.
+
+        Returns:
+            `num_microbatches` micro-batches of [B, S].
+        """
+        start = step * self.global_batch_size + self._share_start
+        size = self.microbatch_size
+        return [
+            _stack([self.rows[self._row(start + m * size + i)] for i in range(size)])
+            for m in range(self.num_microbatches)
+        ]
+
+    def _row(self, position: int) -> int:
+        """Return the row at a position of the endless stream."""
+        epoch, offset = divmod(position, len(self.rows))
+        return int(self._order(epoch)[offset])
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        # Philox is keyed: epochs are independent streams, and no generator state has to be saved.
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.rows))
+
+
+def sequential_microbatches(
+    rows: Rows, *, microbatch_size: int, num_rows: int, dp_rank: int = 0, dp_size: int = 1
+) -> list[MicroBatch]:
+    """Return this rank's share of the first rows, in their own order, for evaluation and calibration.
+
+    Micro-batches are dealt out in turn: micro-batch m of rank r holds rows (m*dp + r)*B and following. Where rows run out,
+    micro-batches are filled up with padding rows without labels, so that every rank has equally many of the same shape.
+
+    Args:
+        rows: R rows.
+        microbatch_size: B.
+        num_rows: how many rows to use; all R if there are fewer.
+        dp_rank: which share.
+        dp_size: number of shares.
+    """
+    used = min(num_rows, len(rows))
+    per_round = microbatch_size * dp_size
+    blank = _blank_row(rows)
+    starts = range(dp_rank * microbatch_size, -(-used // per_round) * per_round, per_round)
+    return [_stack([rows[i] if i < used else blank for i in range(s, s + microbatch_size)]) for s in starts]
+
+
+def _blank_row(rows: Rows) -> Row:
+    positions = np.arange(rows.seq_len)
+    return Row(np.full_like(positions, rows.pad_token_id), positions, np.full_like(positions, IGNORE))
+
+
+def _stack(rows: list[Row]) -> MicroBatch:
+    return MicroBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))

@@ -1,0 +1,248 @@
+"""How much each unit of a model matters: scores of feed-forward channels, query groups, residual channels and layers.
+
+Decides two methods. `l1` looks at the weights alone (the seed's). `activation`, the default, multiplies how strongly a
+channel is driven by a calibration text with how much its outgoing weights carry on: without any training, cutting 20 %
+of SmolLM2's feed-forward channels by it leaves perplexity 18, by `l1` tens of millions.
+
+    ffn channel c     ||a_c|| * ||down[:, c]||            a_c: its activation over the valid tokens
+    query group g     sqrt(sum over the group's channels c of (||a_c|| * ||o[:, c]||)^2)
+    residual channel  sqrt(sum over layers of ||x_d||^2)  x: what the attention and feed-forward blocks read
+    layer             1 - mean cosine(its input, its output)
+
+Runs where the teacher runs: every rank measures its own layers and its own shards (`Measured`), and `gather_scores`
+makes the scores global, the same on every rank. On one process with plain modules the same code works. A further method
+is one function that fills a `Measured`, and one that turns it into `Scores`. Sums are float64, scores float32. Does not
+decide what is cut (`distill.prune`) and does not run the model.
+
+Legend: B sequences, S positions, D residual width, M feed-forward width, G key/value heads, K a channel count.
+Source: Muralidharan et al. 2024 (Minitron); Men et al. 2024 (ShortGPT, block influence); Sun et al. 2023 (Wanda).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from distill.scores import Measured, Piece, Scores, unite
+from distill.structure import MATRICES, Parts, Sizes, Unit
+from parallel.mesh import Mesh
+
+
+def _reads(quantity: str) -> Parts:
+    """Return what the input of a linear module runs over; empty for quantities that are not a module's input."""
+    return MATRICES[quantity][1] if quantity in MATRICES else ()
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Parts, Parts]]]:
+    """Yield the known linear modules of a decoder layer, with what their [out, in] run over."""
+    for name, module in layer.named_modules():
+        if name in MATRICES:
+            yield name, module, MATRICES[name]
+
+
+def _inputs_to_record(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear modules whose input is measured: o and down, one of q, k, v, and one of gate, up."""
+    read_blocks: set[str] = set()
+    for name, module, (_, reads) in _linears(layer):
+        block = name.split(".")[0]
+        if reads != (Unit.HIDDEN,):
+            yield name, module
+        elif block not in read_blocks:
+            read_blocks.add(block)
+            yield name, module
+
+
+def _sums_along(module: nn.Module, dim: int, *, power: int) -> Piece:
+    """Return sum |w|^power over all dims of a (possibly sharded) weight but `dim`, by index along `dim`."""
+    weight = module.weight.detach()
+    norms = torch.linalg.vector_norm(weight, ord=power, dim=1 - dim, dtype=torch.float64)
+    shard = getattr(module, "shards", {}).get("weight")
+    sharded_here = shard is not None and shard.dim == dim
+    return Piece(
+        values=norms.pow(power).cpu(),
+        start=shard.start if sharded_here else 0,
+        whole=shard.full if sharded_here else weight.shape[dim],
+        add_over_tp=shard is not None and not sharded_here,
+    )
+
+
+def weight_scores(layers: Mapping[int, nn.Module], sizes: Sizes) -> Measured:
+    """Sum |w| over the weights of each unit of the layers given (method `l1`).
+
+    Rows of q, k, v, gate and up and columns of o and down count for their query group or feed-forward channel; the
+    other dim of the same matrices counts for the residual channels. Biases, norms, embeddings and the head are left out.
+
+    Args:
+        layers: layer index -> decoder layer that this rank owns, its linears plain or tensor-parallel.
+        sizes: global sizes of the model.
+    """
+    measured = Measured("l1", sizes)
+    for index, layer in layers.items():
+        for name, module, _ in _linears(layer):
+            for dim in (0, 1):
+                measured.pieces[index, f"{name}.{dim}"] = _sums_along(module, dim, power=1)
+    return measured
+
+
+class ActivationRecorder:
+    """Measure activations of decoder layers while it is entered as a context (method `activation`).
+
+    Tell it which positions count before each micro-batch, then run the layers forward:
+
+        with ActivationRecorder(layers, sizes) as recorder:
+            recorder.expect(valid_BS)
+            model(...)
+        scores = gather_scores(recorder.measured, mesh)
+
+    Args:
+        layers: layer index -> decoder layer that this rank owns, its linears plain or tensor-parallel.
+        sizes: global sizes of the model.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], sizes: Sizes) -> None:
+        self.layers, self.sizes = layers, sizes
+        self.measured = Measured("activation", sizes)
+        self._sums: dict[tuple[int, str], Tensor] = {}
+        self._valid_BS: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def expect(self, valid_BS: Tensor) -> None:
+        """Set which positions of the coming micro-batch count. Args: valid_BS: bool [B, S]."""
+        assert valid_BS.dtype == torch.bool and valid_BS.dim() == 2, (valid_BS.dtype, valid_BS.shape)
+        self._valid_BS = valid_BS
+
+    def __enter__(self) -> Self:
+        for index, layer in self.layers.items():
+            self._hooks.append(layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True))
+            self._sums[index, "cosine"] = torch.zeros(2, dtype=torch.float64)
+            for name, module in _inputs_to_record(layer):
+                whole_input = not getattr(module, "input_is_parallel", True)
+                width = module.in_features if whole_input else module.weight.shape[1]
+                # A replica without calibration rows still takes part in the sums.
+                self._sums[index, name] = module.weight.new_zeros(width, dtype=torch.float64)
+                self._hooks.append(module.register_forward_pre_hook(partial(self._on_input, index, name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if error is None:
+            self._finish()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return the activations [T, K] at the positions that count, float32 at least."""
+        valid = self._valid_BS
+        assert valid is not None, "expect(valid_BS) was not called before the forward"
+        assert x.shape[:-1] == valid.shape, (tuple(x.shape), tuple(valid.shape))
+        return x.detach()[valid.to(x.device)].to(torch.promote_types(x.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _on_input(self, index: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x_TK = self._rows(args[0])
+        self._sums[index, name] += x_TK.double().square().sum(dim=0)
+
+    @torch.no_grad()
+    def _on_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
+        cosine_T = F.cosine_similarity(self._rows(before), self._rows(after), dim=-1)
+        total = cosine_T.sum(dtype=torch.float64)
+        self._sums[index, "cosine"] += torch.stack([total, torch.full_like(total, len(cosine_T))]).cpu()
+
+    def _finish(self) -> None:
+        for (index, quantity), values in self._sums.items():
+            start, whole = 0, len(values)
+            if quantity != "cosine":
+                module = self.layers[index].get_submodule(quantity)
+                if _reads(quantity) != (Unit.HIDDEN,):
+                    columns = _sums_along(module, 1, power=2)
+                    self.measured.pieces[index, f"{quantity}.columns"] = columns
+                    if getattr(module, "input_is_parallel", False):
+                        start, whole = columns.start, columns.whole
+            self.measured.pieces[index, quantity] = Piece(values.cpu(), start, whole, add_over_dp=True)
+
+
+def gather_scores(measured: Measured, mesh: Mesh) -> Scores:
+    """Turn what every rank measured into scores of the whole model, the same on every rank.
+
+    Args:
+        measured: of this rank; all ranks measured by the same method.
+        mesh: shards are joined over tp, tokens added over dp, layers united over pp.
+    Returns:
+        Scores of all layers that the ranks of the mesh own.
+    Raises:
+        ValueError: no token counted, or a score is not finite (the message names the layer).
+    Collectives: gather of objects over tp, then dp, then pp.
+    """
+    by_layer = unite(measured, mesh)
+    scores = {"l1": _l1_scores, "activation": _activation_scores}[measured.method](by_layer, measured.sizes)
+    scores.check()
+    return scores
+
+
+def _l1_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
+    ffn: dict[int, Tensor] = {}
+    groups: dict[int, Tensor] = {}
+    hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
+    layers: dict[int, float] = {}
+    for layer, quantities in by_layer.items():
+        ffn[layer] = torch.zeros(sizes.ffn, dtype=torch.float64)
+        groups[layer] = torch.zeros(sizes.groups, dtype=torch.float64)
+        for quantity, values in quantities.items():
+            module, _, dim = quantity.rpartition(".")
+            parts = MATRICES[module][int(dim)]
+            for unit, part in zip(parts, values.split([sizes.width(unit) for unit in parts]), strict=True):
+                if unit is Unit.FFN:
+                    ffn[layer] += part
+                elif unit is Unit.HIDDEN:
+                    hidden += part
+                else:
+                    groups[layer] += part.view(sizes.groups, -1).sum(dim=1)
+        layers[layer] = float(ffn[layer].sum() + groups[layer].sum())
+    return _rounded("l1", ffn, groups, hidden, layers)
+
+
+def _activation_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
+    ffn: dict[int, Tensor] = {}
+    groups: dict[int, Tensor] = {}
+    hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
+    layers: dict[int, float] = {}
+    for layer, quantities in by_layer.items():
+        for quantity, squares in quantities.items():
+            reads = _reads(quantity)
+            if reads == (Unit.FFN,):
+                ffn[layer] = (squares * quantities[f"{quantity}.columns"]).sqrt()
+            elif reads == (Unit.QUERY,):
+                energies = squares * quantities[f"{quantity}.columns"]
+                groups[layer] = energies.view(sizes.groups, -1).sum(dim=1).sqrt()
+            elif reads == (Unit.HIDDEN,):
+                hidden += squares
+        total, count = quantities["cosine"].tolist()
+        if count == 0:
+            raise ValueError("importance: no position of the calibration text counted")
+        layers[layer] = 1 - total / count
+    return _rounded("activation", ffn, groups, hidden.sqrt(), layers)
+
+
+def _rounded(
+    method: str, ffn: dict[int, Tensor], groups: dict[int, Tensor], hidden: Tensor, layers: dict[int, float]
+) -> Scores:
+    return Scores(
+        method,
+        {layer: score.float() for layer, score in ffn.items()},
+        {layer: score.float() for layer, score in groups.items()},
+        hidden.float(),
+        layers,
+    )

@@ -1,0 +1,288 @@
+"""What a run tells: lines on the terminal, the files in the run's folder, and Weights & Biases.
+
+Decides: rank 0 alone writes; the other ranks make a silent `RunLog` and call the same methods. `metrics.jsonl` gets
+one flushed line a step and `evaluations.jsonl` one for each judged model, so a kill loses nothing there; wandb
+holds back 32 KiB, so `close` must be reached, or `save_buffers` by `distill.stop.Stop.call_before_kill`. Steps are
+counted from 1: line N is written after the N-th optimizer step. Assumes numbers already reduced over the ranks.
+Imports wandb only when it is switched on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from distill.config import Config, ConfigError
+from distill.convert import config_to_dict, flatten
+from distill.curve import draw_curve
+from distill.runfolder import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    cut_lines,
+    write_config,
+    write_whole,
+)
+
+CURVE_FILE = "curve.svg"
+_NAMES = {
+    "step": "step",
+    "round": "round",
+    "tokens": "tokens",
+    "loss_total": "loss/total",
+    "loss_hard": "loss/hard",
+    "loss_soft": "loss/soft",
+    "grad_norm": "optim/grad_norm",
+    "lr": "optim/lr",
+    "step_s": "time/step_s",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "bubble_fraction": "pipeline/bubble_fraction",
+    "peak_bytes": "memory/peak_bytes",
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The numbers of one optimizer step, equal on every rank."""
+
+    step: int
+    """Optimizer steps done, this one included, over all rounds."""
+    round: int
+    """Index of the round, from 0."""
+    tokens: int
+    """Valid tokens trained on so far, this step included."""
+    loss_total: float
+    loss_hard: float
+    loss_soft: float
+    """Nats per valid token; the soft loss with its T^2."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    step_s: float
+    tokens_per_s: float
+    bubble_fraction: float
+    """Measured idle share of the step over all stages."""
+    peak_bytes: int
+    """Largest of all ranks."""
+
+    def named(self) -> dict[str, float]:
+        """Return the numbers under the names of `metrics.jsonl` and wandb; what is not finite becomes null."""
+        return {name: _finite(getattr(self, field)) for field, name in _NAMES.items()}
+
+
+class RunLog:
+    """The open log of a run; use it as a context manager, so that it is closed whatever happens."""
+
+    def __init__(self, config: Config, *, writes: bool, done_steps: int = 0) -> None:
+        """Open the log, or go on with it after `done_steps` steps.
+
+        Args:
+            config: checked settings; `distill.runfolder.check_run_folder` has accepted `run.dir`.
+            writes: whether this rank writes (rank 0 does).
+            done_steps: steps that the checkpoint holds; later lines of a former run are dropped.
+        """
+        self._config, self._writes = config, writes
+        self._folder = Path(config.run.dir or ".")
+        self._recent_step_s: deque[float] = deque(maxlen=20)
+        self._finishing = threading.Lock()
+        self._metrics: TextIO | None = None
+        self._wandb: Any = None
+        self.steps: list[dict[str, Any]] = []
+        """Lines of `metrics.jsonl` so far; empty on ranks that do not write."""
+        self.evaluations: list[dict[str, Any]] = []
+        """Lines of `evaluations.jsonl` so far; empty on ranks that do not write."""
+        if not writes:
+            return
+        write_config(config)
+        self.steps = cut_lines(self._folder / METRICS_FILE, last_step=done_steps)
+        self.evaluations = cut_lines(self._folder / EVALUATIONS_FILE, last_step=done_steps)
+        self._metrics = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+        if config.log.wandb != "disabled":
+            self._wandb = _start_wandb(config, self._folder)
+
+    def __enter__(self) -> Self:
+        """Return the log."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the log."""
+        self.close(failed=kind is not None)
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds that the steps so far took, those before a resume included."""
+        return sum(line["time/step_s"] or 0.0 for line in self.steps)
+
+    def say(self, text: str) -> None:
+        """Print a line, on the rank that writes."""
+        if self._writes:
+            print(text, flush=True)
+
+    def step(self, metrics: StepMetrics, *, total_steps: int) -> None:
+        """Write one step.
+
+        Args:
+            total_steps: the step at which the run ends, for the line on the terminal.
+        """
+        if self._metrics is None:
+            return
+        values = metrics.named()
+        self.steps.append(values)
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        self._to_wandb(values, step=metrics.step)
+        self._recent_step_s.append(metrics.step_s)
+        if metrics.step % self._config.log.every == 0 or metrics.step == total_steps:
+            self.say(self._line(metrics, total_steps))
+
+    def evaluation(self, *, step: int, round: int, model: str, values: Mapping[str, float]) -> None:
+        """Write what a model reached on the held-out text.
+
+        Args:
+            step: optimizer steps done when it was judged.
+            model: `teacher`, or `student`.
+            values: `eval/loss` (nats per token) and whatever else was measured, by name.
+        """
+        if self._metrics is None:
+            return
+        line = {"step": step, "round": round, "model": model, **{k: _finite(v) for k, v in values.items()}}
+        self.evaluations.append(line)
+        with (self._folder / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._to_wandb({f"{model}/{name}": line[name] for name in values}, step=step)
+        shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+        self.say(f"held-out text, {model} after step {step}: {shown}")
+
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `summary.json` and close.
+
+        Args:
+            results: what only the training knows: the table, sizes, tokens; laid over what is known here.
+        Returns:
+            The whole summary.
+        """
+        last = self.steps[-1] if self.steps else {}
+        summary = {
+            "metrics": last,
+            "tokens": last.get("tokens", 0),
+            "seconds": self.trained_s,
+            "layout": _layout(self._config),
+            "versions": versions(),
+            **results,
+        }
+        if self._metrics is not None:
+            write_whole(self._folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        self.close(summary=summary)
+        return summary
+
+    def close(self, *, failed: bool = False, summary: Mapping[str, Any] | None = None) -> None:
+        """Draw `curve.svg`, close the files and finish the wandb run; what is called later changes nothing."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+            draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
+        self.save_buffers(failed=failed, summary=summary)
+
+    def save_buffers(self, *, failed: bool = True, summary: Mapping[str, Any] | None = None) -> None:
+        """Finish the wandb run, which alone holds back what it was given; later steps go to the files only.
+
+        May be called from another thread while a step is stuck, before the process is killed.
+        """
+        with self._finishing:
+            run, self._wandb = self._wandb, None
+        if run is not None:
+            _finish_wandb(run, self._folder, summary or {}, failed=failed)
+
+    def _line(self, metrics: StepMetrics, total_steps: int) -> str:
+        width = len(str(total_steps))
+        mean_s = sum(self._recent_step_s) / len(self._recent_step_s)
+        left = duration(mean_s * max(0, total_steps - metrics.step))
+        return (
+            f"step {metrics.step:>{width}}/{total_steps}  loss {metrics.loss_total:.4f}  "
+            f"(hard {metrics.loss_hard:.4f}, soft {metrics.loss_soft:.4f})  "
+            f"{metrics.tokens_per_s:,.0f} tokens/s  {left} left"
+        )
+
+    def _to_wandb(self, values: Mapping[str, Any], *, step: int) -> None:
+        run = self._wandb
+        if run is not None:
+            run.log(dict(values), step=step)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers."""
+    packages = ("torch", "transformers", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _layout(config: Config) -> dict[str, Any]:
+    mesh = config.mesh
+    return {
+        "world_size": mesh.pp * mesh.dp * mesh.tp,
+        **config_to_dict(mesh),
+        "schedule": config.pipeline.schedule,
+        "teacher": config.pipeline.teacher,
+        "num_microbatches": config.num_microbatches,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """Return the number, or None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def _start_wandb(config: Config, folder: Path) -> Any:
+    """Open the wandb run of this folder; a run that goes on keeps its id, so that a later upload makes one run of it."""
+    import wandb
+
+    id_file = folder / "wandb" / "run_id"
+    known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+    try:
+        run = wandb.init(
+            mode=config.log.wandb,
+            project=config.log.wandb_project,
+            name=folder.name,
+            dir=folder,
+            id=known,
+            resume="allow",
+            config=config_to_dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"log.wandb={config.log.wandb} did not start ({str(error).partition(chr(10))[0]}); use offline or disabled"
+        ) from error
+    id_file.parent.mkdir(exist_ok=True)
+    id_file.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
+
+
+def _finish_wandb(run: Any, folder: Path, summary: Mapping[str, Any], *, failed: bool) -> None:
+    """Hand over the summary and the pictures, and write out what wandb has buffered."""
+    import wandb
+
+    for picture in sorted(folder.glob("*.svg")):
+        run.log({picture.stem: wandb.Html(picture.read_text(encoding="utf-8"), inject=False)})
+    run.summary.update(flatten(summary))
+    run.finish(exit_code=int(failed))

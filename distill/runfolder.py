@@ -1,0 +1,137 @@
+"""The run's folder: which config it belongs to, and its line files when a run goes on.
+
+Decides: a folder belongs to the settings in its `config.yaml`; another run may continue in it only if everything
+that shapes the result is the same. `MAY_CHANGE` lists what does not: how long, how watched, and how executed. When a run
+goes on from step N, lines after N are dropped, so that there is one line a step. Assumes that one rank writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import Config, ConfigError
+from distill.convert import config_to_dict, flatten, show
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+SUMMARY_FILE = "summary.json"
+
+MAY_CHANGE = (
+    "train.steps",  # the learning rate's schedule is then laid over the new number
+    "train.timeout_s",
+    "train.recompute",
+    "train.compile",
+    "pipeline.",
+    "data.cache_dir",
+    "checkpoint.",
+    "log.",
+    "run.",
+    "evaluate.every",
+)
+"""Keys, or groups with a dot at the end, that may differ when a run goes on: the trajectory does not depend on them."""
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse to write into the folder of another run.
+
+    Every rank may ask this on its own, before any of them writes: a folder that rank 0 has already made for this run passes.
+
+    Raises:
+        ConfigError: `run.dir` is a file, holds a run with other settings, or one that is not to be continued.
+    """
+    folder = Path(config.run.dir or ".")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir={folder} is a file; use a folder")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return
+    differing = _differing_keys(file, config)
+    if differing:
+        key, theirs, ours = differing[0]
+        others = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise ConfigError(
+            f"run.dir={folder} holds a run with {key}={theirs}, this one has {key}={ours}{others}; use another run.dir "
+            f"or {key}={theirs}"
+        )
+    if config.checkpoint.resume == "none" and (folder / METRICS_FILE).is_file():
+        raise ConfigError(
+            f"checkpoint.resume=none starts anew, but run.dir={folder} already holds this run; use another run.dir or "
+            "checkpoint.resume=auto"
+        )
+
+
+def write_config(config: Config) -> None:
+    """Make the run's folder and write its settings; the settings that may change are those of the latest run."""
+    folder = Path(config.run.dir or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=110)
+    write_whole(folder / CONFIG_FILE, f"# The settings of this run, everything filled in.\n{text}")
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a run that came to its end, or None."""
+    file = folder / SUMMARY_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def read_lines(file: Path, *, last_step: int) -> list[dict[str, Any]]:
+    """Return the lines of a JSON lines file up to a step.
+
+    A last line that was cut short by a kill is left out.
+
+    Raises:
+        ValueError: another line cannot be read.
+    """
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{file}, line {number} is not JSON: {line[:60]!r}") from error
+        if values["step"] <= last_step:
+            kept.append(values)
+    return kept
+
+
+def cut_lines(file: Path, *, last_step: int) -> list[dict[str, Any]]:
+    """Drop the lines after a step from a JSON lines file, and return the others."""
+    kept = read_lines(file, last_step=last_step)
+    if file.is_file():
+        write_whole(file, "".join(json.dumps(values) + "\n" for values in kept))
+    return kept
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there either whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def _differing_keys(file: Path, config: Config) -> list[tuple[str, str, str]]:
+    """Return key, the folder's value and ours, for each setting that differs and may not."""
+    try:
+        theirs = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{file} is not the settings of a run; use another run.dir") from error
+    ours = flatten(config_to_dict(config))
+    return [
+        (key, show(theirs.get(key)), show(ours.get(key)))
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not _may_change(key)
+    ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)

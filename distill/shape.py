@@ -1,0 +1,286 @@
+"""The shape of a pruned student: from the keys of `student.prune` to a smaller transformers config.
+
+Decides how targets are rounded and what a bare `pruning_ratio` means. Rounding goes to the nearest size, up at a tie,
+among the sizes that fit: residual and feed-forward widths are multiples of 32 (below that, GGUF quantisation falls
+back and files grow) and of tp; heads go in whole query groups, a multiple of tp of them; and the family's config class
+accepts the result (Llama's and Gemma 2's refuse a hidden size that is not a multiple of the heads, even with head_dim
+set). A target of the teacher's own size cuts nothing and is taken as it is; a target that would only round to it is an
+error. Widths of 32 and less, as in tests, go by multiples of 8 instead. The head width is never changed, because rotary
+positions live in it; families without a head_dim key get one when hidden size / heads no longer says it.
+
+Works on configs alone, reads no weights, and knows nothing of importance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from distill.config import ConfigError, Prune
+from distill.structure import Kept, Sizes, cut_shape, layout_of, student_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_WIDTH_MULTIPLE = 32
+_SMALL_WIDTH_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a uniform student, under the names of the config keys."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_layers: int
+    layers: tuple[int, ...] | None
+    """The teacher's layers to keep, where they are named; None leaves the choice to their scores."""
+
+
+def resolve_shape(config: PretrainedConfig, prune: Prune, *, tp: int) -> Shape:
+    """Return the student's shape that `student.prune` asks for.
+
+    Targets win: with any of num_layers, layers, hidden_size, intermediate_size, num_attention_heads and
+    num_key_value_heads set, exactly these are cut and `pruning_ratio` plays no part. Without a target, `pruning_ratio` is
+    the share of feed-forward channels to remove, never fewer than `min_channels` left: of the cuts measured without
+    training this one costs least, while depth, width and heads are cut only when asked for.
+
+    Args:
+        config: the teacher's.
+        prune: the keys; their types and ranges are already checked (`distill.checks`).
+        tp: tensor-parallel size that the student must divide by.
+    Raises:
+        ConfigError: a target is out of range, cannot be met, or would round to the teacher's own size.
+    """
+    sizes = Sizes.of(config)
+    layers = _resolve_layers(prune, sizes.layers)
+    groups = _resolve_groups(config, sizes, prune, tp)
+    return Shape(
+        hidden_size=_resolve_hidden(config, sizes, prune, tp, groups),
+        intermediate_size=_resolve_ffn(sizes, prune, tp),
+        num_attention_heads=groups * sizes.heads_per_group,
+        num_key_value_heads=groups,
+        num_layers=len(layers) if layers is not None else prune.num_layers or sizes.layers,
+        layers=layers,
+    )
+
+
+def _nearest(
+    what: str, target: float, full: int, candidates: Iterable[int], why: str, fits: Callable[[int], bool]
+) -> int:
+    """Return the fitting candidate nearest to the target; `what` and `why` are the message's words."""
+    if target == full:
+        return full
+    if not 0 < target < full:
+        raise ConfigError(f"{what} must be between 1 and the teacher's {full}")
+    fitting = (
+        size for size in sorted(candidates, key=lambda size: (abs(size - target), -size)) if fits(size)
+    )
+    best = next(fitting, None)
+    if best is None:
+        raise ConfigError(f"{what}: nothing smaller than the teacher's {full} is {why}")
+    if full - target <= abs(best - target):
+        others = sorted([best, *(size for size, _ in zip(fitting, range(3), strict=False))])
+        raise ConfigError(
+            f"{what} would round to the teacher's own {full}, which cuts nothing; use {full} or one that is {why}: "
+            + ", ".join(map(str, others))
+        )
+    return best
+
+
+def _widths(full: int, tp: int) -> tuple[range, str]:
+    """Return the widths below `full` that may be cut to, and the words for them."""
+    multiple = math.lcm(_WIDTH_MULTIPLE, tp)
+    if multiple >= full:
+        multiple = math.lcm(_SMALL_WIDTH_MULTIPLE, tp)
+    return range(multiple, full, multiple), f"a multiple of {multiple} (mesh.tp={tp})"
+
+
+def _resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
+    if prune.layers is not None:
+        layers = tuple(prune.layers)
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
+            raise ConfigError(
+                f"student.prune.layers={list(layers)} must name layers of the teacher to keep, 0 to {num_layers - 1}, "
+                "each once, ascending"
+            )
+        if prune.num_layers not in (None, len(layers)):
+            raise ConfigError(
+                f"student.prune.num_layers={prune.num_layers} but student.prune.layers names {len(layers)}; set one of them"
+            )
+        return layers
+    if prune.num_layers is not None and not 1 <= prune.num_layers <= num_layers:
+        raise ConfigError(
+            f"student.prune.num_layers={prune.num_layers} must be between 1 and the teacher's {num_layers}"
+        )
+    return None
+
+
+def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int) -> int:
+    heads, groups, share = prune.num_attention_heads, prune.num_key_value_heads, sizes.heads_per_group
+    if heads is None and groups is None:
+        return sizes.groups
+    if heads is not None and groups is not None and heads != groups * share:
+        raise ConfigError(
+            f"student.prune.num_attention_heads={heads} with num_key_value_heads={groups}: the teacher has {share} query "
+            f"heads to a key/value head and whole groups are cut; use {groups * share} with {groups}, or set one of them"
+        )
+    # The unit of the search is the key that the user set.
+    key, target, unit = (
+        ("num_attention_heads", heads, share) if heads is not None else ("num_key_value_heads", groups, 1)
+    )
+    assert target is not None
+
+    def fits(size: int) -> bool:
+        # A hidden size that is a target itself is fitted to the heads afterwards.
+        return prune.hidden_size is not None or _accepts(config, sizes, sizes.hidden, size // unit)
+
+    why = f"whole groups of {share} query heads, a multiple of mesh.tp={tp} of them"
+    why += (
+        ""
+        if prune.hidden_size is not None
+        else f", and taken by {type(config).__name__} with {sizes.hidden=}"
+    )
+    full = sizes.groups * unit
+    return (
+        _nearest(f"student.prune.{key}={target}", target, full, range(tp * unit, full, tp * unit), why, fits)
+        // unit
+    )
+
+
+def _resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int, groups: int) -> int:
+    if prune.hidden_size is None:
+        return sizes.hidden
+    candidates, why = _widths(sizes.hidden, tp)
+    why += f" taken by {type(config).__name__} with {groups * sizes.heads_per_group} query heads"
+    what = f"student.prune.hidden_size={prune.hidden_size}"
+    hidden = _nearest(
+        what,
+        prune.hidden_size,
+        sizes.hidden,
+        candidates,
+        why,
+        lambda size: _accepts(config, sizes, size, groups),
+    )
+    if not _accepts(config, sizes, hidden, groups):
+        raise ConfigError(f"{what} is not {why}")
+    return hidden
+
+
+def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
+    targets = (
+        prune.num_layers,
+        prune.layers,
+        prune.hidden_size,
+        prune.num_attention_heads,
+        prune.num_key_value_heads,
+    )
+    candidates, why = _widths(sizes.ffn, tp)
+    if prune.intermediate_size is not None:
+        target: float = prune.intermediate_size
+        what = f"student.prune.intermediate_size={target}"
+        if target < prune.min_channels:
+            raise ConfigError(f"{what} is less than student.prune.min_channels={prune.min_channels}")
+    elif all(each is None for each in targets):
+        target = sizes.ffn * (1 - prune.pruning_ratio)
+        what = f"student.prune.pruning_ratio={prune.pruning_ratio} ({target:.0f} of {sizes.ffn} feed-forward channels)"
+    else:
+        return sizes.ffn
+    why += f" and at least student.prune.min_channels={prune.min_channels}"
+    return _nearest(what, target, sizes.ffn, candidates, why, lambda size: size >= prune.min_channels)
+
+
+def _resized(config: PretrainedConfig, sizes: Sizes, **changes: Any) -> PretrainedConfig:
+    """Return a config with other sizes and the teacher's head width. Raises what the config class raises."""
+    values = config.to_dict() | changes
+    derived = values["hidden_size"] // values["num_attention_heads"]
+    if "head_dim" in values or derived != sizes.head_width:
+        values["head_dim"] = sizes.head_width
+    return type(config).from_dict(values)
+
+
+def _accepts(config: PretrainedConfig, sizes: Sizes, hidden: int, groups: int) -> bool:
+    """Return whether the family's config class takes this hidden size with this many query groups."""
+    heads = {"num_attention_heads": groups * sizes.heads_per_group, "num_key_value_heads": groups}
+    try:
+        _resized(config, sizes, hidden_size=hidden, **heads)
+    except (StrictDataclassError, ValueError):
+        return False
+    return True
+
+
+def _cut_layer_lists(values: dict[str, Any], layers: tuple[int, ...], num_layers: int) -> dict[str, Any]:
+    """Return the config entries that list something for each layer, cut to the layers kept."""
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if "layer" not in key or not isinstance(value, list) or not value:
+            continue
+        if len(value) != num_layers:
+            raise ConfigError(
+                f"student.prune: cannot cut layers, the teacher's config.{key} does not list {num_layers}"
+            )
+        changes[key] = [value[layer] for layer in layers]
+    if values.get("max_window_layers") is not None:
+        changes["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in layers)
+    return changes
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the causal LM of a config without memory for its parameters."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def student_config(config: PretrainedConfig, kept: Kept) -> PretrainedConfig:
+    """Return the config of the student that keeps `kept`, checked against the shapes of all parameters.
+
+    Args:
+        config: the teacher's.
+        kept: a uniform cut of it.
+    Raises:
+        ConfigError: the family's config class refuses the sizes, or its model does not have the shapes of the cut.
+    """
+    sizes = Sizes.of(config)
+    after = sizes.after(kept)
+    values = config.to_dict()
+    changes: dict[str, Any] = {
+        "hidden_size": after.hidden,
+        "intermediate_size": after.ffn,
+        "num_attention_heads": after.heads,
+        "num_key_value_heads": after.groups,
+        "num_hidden_layers": after.layers,
+    }
+    if after.layers < sizes.layers:
+        changes |= _cut_layer_lists(values, kept.layers, sizes.layers)
+    try:
+        student = _resized(config, sizes, **changes)
+    except (StrictDataclassError, ValueError) as error:
+        raise ConfigError(
+            f"student.prune: {type(config).__name__} refuses the student: {error.__cause__ or error}"
+        ) from error
+    _check_parameters(on_meta(config), on_meta(student), sizes, kept)
+    return student
+
+
+def _check_parameters(teacher: PreTrainedModel, student: PreTrainedModel, sizes: Sizes, kept: Kept) -> None:
+    expected = {
+        new_name: cut_shape(layout_of(name, tuple(parameter.shape), sizes), sizes, kept)
+        for name, parameter in teacher.named_parameters()
+        if (new_name := student_name(name, kept)) is not None
+    }
+    actual = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            raise ConfigError(
+                f"student.prune: the student's {name} is {expected.get(name)} after the cut, "
+                f"but {type(student).__name__} has {actual.get(name)}"
+            )

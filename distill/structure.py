@@ -1,0 +1,328 @@
+"""What each parameter of a causal LM's decoder means for structured cuts.
+
+Decides, for every dim of every parameter, which units it runs over: residual channels, feed-forward channels, query
+heads, key/value heads, the vocabulary, or one head's own width (which is never cut, because rotary positions live in
+it). Fused projections are runs of parts: qkv_proj is [query, key/value, key/value], gate_up_proj is [ffn, ffn]. One
+table by module name serves all families; where a name has two meanings (q_norm is one head wide in qwen3, all heads
+wide in olmo2) the size decides. Assumes the parameter names that transformers publishes. A name or a size that is not
+known is an error: nothing is left uncut by chance. Importance scores, cuts, and later the cutting of optimizer moments all
+go through `layout_of`, so one permutation reaches everything it touches.
+
+Legend: D residual width, M feed-forward width, N query heads, G key/value heads, H head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Unit(Enum):
+    """What one part of a dim counts; the value is the word for it in messages."""
+
+    HIDDEN = "residual channels"
+    FFN = "feed-forward channels"
+    QUERY = "query heads x head width"
+    KEY_VALUE = "key/value heads x head width"
+    VOCABULARY = "vocabulary"
+    HEAD_WIDTH = "head width"
+
+
+Parts = tuple[Unit, ...]
+
+_HIDDEN, _FFN, _QUERY, _KEY_VALUE, _VOCABULARY = (
+    (Unit.HIDDEN,),
+    (Unit.FFN,),
+    (Unit.QUERY,),
+    (Unit.KEY_VALUE,),
+    (Unit.VOCABULARY,),
+)
+
+MATRICES: dict[str, tuple[Parts, Parts]] = {
+    "self_attn.q_proj": (_QUERY, _HIDDEN),
+    "self_attn.k_proj": (_KEY_VALUE, _HIDDEN),
+    "self_attn.v_proj": (_KEY_VALUE, _HIDDEN),
+    "self_attn.qkv_proj": (_QUERY + _KEY_VALUE + _KEY_VALUE, _HIDDEN),
+    "self_attn.o_proj": (_HIDDEN, _QUERY),
+    "mlp.gate_proj": (_FFN, _HIDDEN),
+    "mlp.up_proj": (_FFN, _HIDDEN),
+    "mlp.gate_up_proj": (_FFN + _FFN, _HIDDEN),
+    "mlp.down_proj": (_HIDDEN, _FFN),
+    "mlp.c_fc": (_FFN, _HIDDEN),
+    "mlp.c_proj": (_HIDDEN, _FFN),
+}
+"""Linear modules of a layer: what their weight's [out, in] run over; a bias runs over [out]."""
+_VECTORS: dict[str, tuple[Parts, ...]] = {
+    "input_layernorm": (_HIDDEN,),
+    "post_attention_layernorm": (_HIDDEN,),
+    "post_self_attn_layernorm": (_HIDDEN,),
+    "post_mlp_layernorm": (_HIDDEN,),
+    "pre_feedforward_layernorm": (_HIDDEN,),
+    "post_feedforward_layernorm": (_HIDDEN,),
+    "self_attn.q_norm": ((Unit.HEAD_WIDTH,), _QUERY),
+    "self_attn.k_norm": ((Unit.HEAD_WIDTH,), _KEY_VALUE),
+}
+"""Norms of a layer: weight and bias run over the first of these whose size fits."""
+_MATRICES_OUTSIDE: dict[str, tuple[Parts, Parts]] = {
+    "embed_tokens": (_VOCABULARY, _HIDDEN),
+    "lm_head": (_VOCABULARY, _HIDDEN),
+}
+_VECTORS_OUTSIDE: dict[str, tuple[Parts, ...]] = {"norm": (_HIDDEN,)}
+
+_IN_LAYER = re.compile(
+    r"^(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<module>.+)\.(?P<leaf>weight|bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a decoder that structured cuts change, and those that tell its dims apart."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_width: int
+    vocabulary: int
+    layers: int
+
+    @staticmethod
+    def of(config: PretrainedConfig) -> Sizes:
+        """Read the sizes from a transformers config.
+
+        Raises:
+            ConfigError: the config lacks one of them, or its layers differ in width.
+        """
+        if getattr(config, "is_heterogeneous", False):
+            raise ConfigError(
+                f"student.prune: {config.model_type} with per_layer_config cannot be pruned yet"
+            )
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
+        missing = [name for name in names if not isinstance(getattr(config, name, None), int)]
+        if missing:
+            raise ConfigError(
+                f"student.prune: the config of {config.model_type} has no whole number {missing[0]}"
+            )
+        heads = config.num_attention_heads
+        return Sizes(
+            hidden=config.hidden_size,
+            ffn=config.intermediate_size,
+            heads=heads,
+            groups=getattr(config, "num_key_value_heads", None) or heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=config.vocab_size,
+            layers=config.num_hidden_layers,
+        )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.groups
+
+    def width(self, unit: Unit) -> int:
+        """Return how many entries of a dim a part of this unit takes."""
+        return {
+            Unit.HIDDEN: self.hidden,
+            Unit.FFN: self.ffn,
+            Unit.QUERY: self.heads * self.head_width,
+            Unit.KEY_VALUE: self.groups * self.head_width,
+            Unit.VOCABULARY: self.vocabulary,
+            Unit.HEAD_WIDTH: self.head_width,
+        }[unit]
+
+    def after(self, kept: Kept) -> Sizes:
+        """Return the sizes of the uniform student that `kept` describes."""
+        first = kept.layers[0]
+        for by_layer in (kept.ffn, kept.groups):
+            counts = {layer: len(by_layer[layer]) for layer in kept.layers}
+            assert len(set(counts.values())) == 1, f"layers of different widths: {counts}"
+        heads = len(kept.groups[first]) * self.heads_per_group
+        return replace(
+            self,
+            hidden=len(kept.hidden),
+            ffn=len(kept.ffn[first]),
+            heads=heads,
+            groups=len(kept.groups[first]),
+            layers=len(kept.layers),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a parameter sits and what its dims run over."""
+
+    layer: int | None
+    """Index of the decoder layer; None outside the layers."""
+    module: str
+    """Name of the module inside the layer (`mlp.down_proj`) or inside the model (`embed_tokens`)."""
+    dims: tuple[Parts, ...]
+
+
+def layout_of(name: str, shape: tuple[int, ...], sizes: Sizes) -> Layout:
+    """Return what each dim of a parameter runs over.
+
+    Args:
+        name: full parameter name, `model.layers.3.mlp.down_proj.weight`.
+        shape: its global shape.
+        sizes: of the model that the parameter belongs to.
+    Raises:
+        ConfigError: the name is not in the table, or the shape does not fit the sizes.
+    """
+    inside = _IN_LAYER.match(name)
+    if inside:
+        layer, module, leaf = int(inside["layer"]), inside["module"], inside["leaf"]
+        if layer >= sizes.layers:
+            raise ConfigError(
+                f"student.prune: parameter {name} of the teacher, whose config says {sizes.layers} layers"
+            )
+        matrices, vectors = MATRICES, _VECTORS
+    else:
+        path, _, leaf = name.rpartition(".")
+        layer, module = None, path.removeprefix("model.")
+        matrices, vectors = _MATRICES_OUTSIDE, _VECTORS_OUTSIDE
+    alternatives: tuple[tuple[Parts, ...], ...] = ()
+    if module in matrices:
+        alternatives = (matrices[module],) if leaf == "weight" else (matrices[module][:1],)
+    elif module in vectors:
+        alternatives = tuple((parts,) for parts in vectors[module])
+    if not alternatives or leaf not in ("weight", "bias"):
+        raise ConfigError(
+            f"student.prune: parameter {name} of the teacher is not one that structured pruning knows; "
+            "give a ready student as student.model instead"
+        )
+    for dims in alternatives:
+        if tuple(sum(map(sizes.width, parts)) for parts in dims) == tuple(shape):
+            return Layout(layer, module, dims)
+    words = " x ".join(" + ".join(unit.value for unit in parts) for parts in alternatives[-1])
+    raise ConfigError(
+        f"student.prune: parameter {name} of the teacher has shape {tuple(shape)}, which is not {words} under {sizes}"
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Indices of the teacher's units that the student keeps, each ascending, so that the order stays."""
+
+    hidden: Tensor
+    """int64 [D'], one set for the whole model."""
+    ffn: dict[int, Tensor]
+    """Teacher's layer index -> int64 [M']; kept layers only."""
+    groups: dict[int, Tensor]
+    """Teacher's layer index -> int64 [G'], whole query groups; kept layers only."""
+    layers: tuple[int, ...]
+    """Teacher's layer index by student's layer index."""
+
+    def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the indices as one safetensors file whose header carries `metadata` as JSON."""
+        tensors = {"hidden": self.hidden, "layers": torch.tensor(self.layers)}
+        tensors |= {f"ffn.{layer}": indices for layer, indices in self.ffn.items()}
+        tensors |= {f"groups.{layer}": indices for layer, indices in self.groups.items()}
+        save_file(tensors, path, metadata={"kept": json.dumps(metadata)})
+
+    @staticmethod
+    def load(path: Path) -> tuple[Kept, dict[str, Any]]:
+        """Read what `save` wrote: the indices and the metadata."""
+        ffn: dict[int, Tensor] = {}
+        groups: dict[int, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            for name in names:
+                kind, _, layer = name.partition(".")
+                if layer:
+                    {"ffn": ffn, "groups": groups}[kind][int(layer)] = file.get_tensor(name)
+            layers = tuple(file.get_tensor("layers").tolist())
+            hidden = file.get_tensor("hidden")
+            metadata = json.loads(file.metadata()["kept"])
+        ordered = [{layer: by_layer[layer] for layer in layers} for by_layer in (ffn, groups)]
+        return Kept(hidden, *ordered, layers), metadata
+
+    @staticmethod
+    def everything(sizes: Sizes) -> Kept:
+        """Return the cut that removes nothing."""
+        layers = tuple(range(sizes.layers))
+        return Kept(
+            hidden=torch.arange(sizes.hidden),
+            ffn={layer: torch.arange(sizes.ffn) for layer in layers},
+            groups={layer: torch.arange(sizes.groups) for layer in layers},
+            layers=layers,
+        )
+
+
+def _spread(units: Tensor, width: int) -> Tensor:
+    """Return the entries of a dim that units of `width` consecutive entries cover."""
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _kept_of(unit: Unit, layer: int | None, sizes: Sizes, kept: Kept) -> Tensor:
+    if unit is Unit.HIDDEN:
+        return kept.hidden
+    if unit in (Unit.VOCABULARY, Unit.HEAD_WIDTH):
+        return torch.arange(sizes.width(unit))
+    assert layer is not None, f"{unit} outside the layers"
+    if unit is Unit.FFN:
+        return kept.ffn[layer]
+    heads = sizes.heads_per_group if unit is Unit.QUERY else 1
+    return _spread(kept.groups[layer], heads * sizes.head_width)
+
+
+def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
+    """Return the entries of one dim that stay, int64 ascending, or None when all of them do.
+
+    Args:
+        layout: of a parameter in a layer that is kept, or outside the layers.
+        sizes: the teacher's.
+    """
+    pieces: list[Tensor] = []
+    offset = 0
+    for unit in layout.dims[dim]:
+        pieces.append(_kept_of(unit, layout.layer, sizes, kept) + offset)
+        offset += sizes.width(unit)
+    indices = torch.cat(pieces)
+    return None if len(indices) == offset else indices
+
+
+def cut(tensor: Tensor, layout: Layout, sizes: Sizes, kept: Kept) -> Tensor:
+    """Return the student's part of a parameter, or of any tensor of its shape (gradient, moment), contiguous.
+
+    Args:
+        tensor: the teacher's, global shape.
+        layout: `layout_of` the teacher's parameter.
+        sizes: the teacher's.
+    """
+    for dim in range(len(layout.dims)):
+        indices = kept_indices(layout, dim, sizes, kept)
+        if indices is not None:
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.contiguous()
+
+
+def cut_shape(layout: Layout, sizes: Sizes, kept: Kept) -> tuple[int, ...]:
+    """Return the student's shape of a parameter; `sizes` are the teacher's."""
+    after = sizes.after(kept)
+    return tuple(sum(map(after.width, parts)) for parts in layout.dims)
+
+
+def student_name(name: str, kept: Kept) -> str | None:
+    """Return a teacher's parameter name as the student has it (layers renumbered), None if its layer is dropped."""
+    inside = _IN_LAYER.match(name)
+    if not inside:
+        return name
+    layer = int(inside["layer"])
+    if layer not in kept.layers:
+        return None
+    return f"{inside['before']}{kept.layers.index(layer)}.{inside['module']}.{inside['leaf']}"

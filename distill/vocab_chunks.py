@@ -1,0 +1,281 @@
+"""Logits of a vocabulary-parallel head, a chunk of tokens at a time, and what a loss must know of them.
+
+Decides how a distribution over a vocabulary that is cut over tp is handled without ever holding it: each rank
+computes the logits of its own ids for one chunk, reduces every token to a handful of numbers relative to its
+own shard's maximum (sums of exponentials, the label's logit), and one gather of these numbers tells every
+rank the whole. The gradient of its own shard then follows in closed form, so nothing of a reduction is left
+to autograd. Assumes that every rank of tp sees the same hidden states and labels, and that both models'
+vocabularies are cut by `shard_range`. Does not know what the loss is (`distill.losses` does).
+
+Elementwise work runs over blocks of rows that stay in a core's cache, in place, on the chunk's own buffers.
+
+Letters: C tokens of a chunk, B tokens of a block, D residual width, V vocabulary, R ranks of tp. "Tempered"
+logits are z / T; p and q are the teacher's and the student's softmax of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distill.head import Head, HeadProducts, row_blocks
+from parallel.collectives import all_gather, shard_range
+from parallel.mesh import Axis
+
+_CHUNK_BYTES = 64 << 20  # both models' logits of a chunk; more gains no speed (python -m launch.bench loss)
+_MIN_CHUNK_TOKENS = 64  # below this a matrix product spends its time on reading the head
+_NO_MAXIMUM = -1e30  # of an empty shard: finite, because inf - inf is nan; its exponential is 0
+
+
+class Shards(NamedTuple):
+    """What every shard knows of each token, [R, C] float64.
+
+    Sums are of exponentials of tempered logits less the shard's own maximum.
+    """
+
+    max_q: Tensor
+    sum_q: Tensor
+    sum_hard: Tensor
+    """Untempered: of exp(T * (z / T - max_q))."""
+    label_q: Tensor
+    """Tempered logit of the label where the shard owns it, else 0."""
+    max_p: Tensor
+    sum_p: Tensor
+    divergence: Tensor
+    """The soft term's own sum."""
+
+    def whole_q(self) -> Tensor:
+        """Return [C] sums over all shards for the student, relative to the largest maximum."""
+        return (self.sum_q * torch.exp(self.max_q - self.max_q.amax(0))).sum(0)
+
+    def whole_p(self) -> Tensor:
+        """Return [C] sums over all shards for the teacher, relative to the largest maximum."""
+        return (self.sum_p * torch.exp(self.max_p - self.max_p.amax(0))).sum(0)
+
+    def whole_hard(self, temperature: float) -> Tensor:
+        """Return [C] untempered sums over all shards for the student, relative to the largest maximum."""
+        return (self.sum_hard * torch.exp(temperature * (self.max_q - self.max_q.amax(0)))).sum(0)
+
+    def cross_entropy(self, temperature: float) -> Tensor:
+        """Return [C] untempered cross-entropy of the student with the labels, nats."""
+        return self.whole_hard(temperature).log() - temperature * (self.label_q.sum(0) - self.max_q.amax(0))
+
+
+class _Factors(NamedTuple):
+    """What turns tempered logits into probabilities: the maxima, and one over the sums, [C, 1] each."""
+
+    top_q: Tensor
+    inverse_q: Tensor
+    inverse_hard: Tensor
+    top_p: Tensor
+    inverse_p: Tensor
+
+
+class SoftTerm(Protocol):
+    """A divergence of p and q in three pieces: a shard's sum, the value from all shards, the gradient."""
+
+    @staticmethod
+    def shard_sum(exp_p: Tensor, log_ratio: Tensor) -> Tensor:
+        """Return [B] sums over a shard; may overwrite `log_ratio`.
+
+        Args:
+            exp_p: [B, V/tp] exponentials of the teacher's tempered logits less the shard's maximum.
+            log_ratio: [B, V/tp] log of `exp_p` over the same of the student.
+        """
+
+    @staticmethod
+    def value(shards: Shards) -> Tensor:
+        """Return [C] values, nats."""
+
+    @staticmethod
+    def gradient_(q: Tensor, p: Tensor) -> Tensor:
+        """Write d value / d tempered student logits, [B, V/tp], over `p` and return it; may overwrite `q`."""
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class VocabChunk:
+    """One chunk of tokens at a time, in buffers that all chunks share.
+
+    Invariant: after `gather` the buffers hold tempered logits; `gradient` overwrites the student's.
+
+    Args:
+        tp: the axis that cuts the vocabulary; size 1 runs the same path.
+        vocab_size: V over all ranks.
+        temperature: T > 0, for both models.
+        term: the soft term; unused without a teacher.
+        dtype: float32 or float64, of everything but the products with a half-precision head.
+        num_tokens: tokens that will come; chunks are balanced, because a short last one would read the heads
+            for little work.
+        chunk_tokens: most tokens in a chunk; None lets bytes decide.
+    Raises:
+        ValueError: a head that is not this rank's `shard_range` of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        *,
+        tp: Axis,
+        vocab_size: int,
+        temperature: float,
+        term: type[SoftTerm],
+        dtype: torch.dtype,
+        num_tokens: int,
+        chunk_tokens: int | None,
+    ) -> None:
+        self.first_id, stop = shard_range(vocab_size, tp.size, tp.rank)
+        width, device = student.weight_VD.shape[0], student.weight_VD.device
+        if width != stop - self.first_id:
+            raise ValueError(
+                f"a head of {width} ids, where rank {tp.rank} of tp owns {self.first_id}..{stop - 1}"
+            )
+        self.student, self.teacher, self.tp = student, teacher, tp
+        self.temperature, self.term = temperature, term
+        if chunk_tokens is None:
+            # By the longest shard: ranks whose shards differ by one id must still cut the tokens alike.
+            token_bytes = _ceil_div(vocab_size, tp.size) * dtype.itemsize * (1 if teacher is None else 2)
+            chunk_tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // token_bytes)
+        self.chunk_tokens = _ceil_div(num_tokens, _ceil_div(num_tokens, chunk_tokens))
+        # An accelerator has no such cache and pays for every launch: there a block is the whole chunk.
+        self._row_bytes = width * dtype.itemsize if device.type == "cpu" else 0
+        block = next(row_blocks(self.chunk_tokens, self._row_bytes)).stop
+        self._scratch = torch.empty(3, block, width, dtype=dtype, device=device)
+        self.student_CV = torch.empty(self.chunk_tokens, width, dtype=dtype, device=device)
+        self.teacher_CV = None if teacher is None else torch.empty_like(self.student_CV)
+        self.products = HeadProducts(student, dtype)
+        self._teacher_products = None if teacher is None else HeadProducts(teacher, dtype)
+
+    def gather(self, hidden_CD: Tensor, teacher_hidden_CE: Tensor | None, labels_C: Tensor) -> Shards:
+        """Compute the chunk's tempered logits, and return what all shards know of them.
+
+        Collectives: tp all-gather [7, C] float64.
+        """
+        numbers = torch.zeros(1, 7, len(labels_C), dtype=torch.float64, device=labels_C.device)
+        own = Shards(*numbers[0])
+        if self.student_CV.shape[1] == 0:
+            own.max_q.fill_(_NO_MAXIMUM)
+            own.max_p.fill_(_NO_MAXIMUM)
+        else:
+            self.products.logits_(hidden_CD, self.student_CV[: len(labels_C)])
+            if self._teacher_products is not None:
+                self._teacher_products.logits_(teacher_hidden_CE, self.teacher_CV[: len(labels_C)])
+            for rows in row_blocks(len(labels_C), self._row_bytes):
+                part = Shards(*(number[rows] for number in own))
+                self._reduce_student(rows, labels_C[rows], part)
+                if self.teacher is not None:
+                    self._reduce_teacher(rows, part)
+        return Shards(*all_gather(numbers, self.tp, dim=0, sizes=[1] * self.tp.size).unbind(1))
+
+    def gradient(self, shards: Shards, labels_C: Tensor, *, hard_weight: float, soft_weight: float) -> Tensor:
+        """Return d (hard_weight * CE + soft_weight * divergence) / d z, [C, V/tp], in the student's buffer.
+
+        Args:
+            shards: what `gather` returned for this chunk.
+            hard_weight, soft_weight: of one token's terms; a term of weight 0 is not computed.
+        """
+        factors = self._factors(shards)
+        for rows in row_blocks(len(labels_C), self._row_bytes):
+            if self.student_CV.shape[1]:
+                block = _Factors(*(factor[rows] for factor in factors))
+                self._write_gradient(rows, labels_C[rows], block, hard_weight, soft_weight)
+        return self.student_CV[: len(labels_C)]
+
+    def most_likely(self, logits_CV: Tensor) -> Tensor:
+        """Return [C] ids of the largest logits over all shards, the lowest of equals.
+
+        Collectives: tp all-gather [2, C] float64.
+        """
+        best = torch.full((1, 2, len(logits_CV)), _NO_MAXIMUM, dtype=torch.float64, device=logits_CV.device)
+        if logits_CV.shape[1]:
+            values, columns = logits_CV.max(1)
+            best[0] = torch.stack([values.double(), columns.double() + self.first_id])
+        values, ids = all_gather(best, self.tp, dim=0, sizes=[1] * self.tp.size).unbind(1)
+        return torch.where(values == values.amax(0), ids, torch.inf).amin(0).long()
+
+    def _temper_(self, z_BV: Tensor, head: Head) -> None:
+        """Turn raw products into logits / T, in place."""
+        if head.bias_V is not None:
+            z_BV += head.bias_V
+        if head.softcap is not None:
+            z_BV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap / self.temperature)
+        elif head.scale != self.temperature:
+            z_BV *= head.scale / self.temperature
+
+    def _own_label(self, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the labels' columns in this shard [B, 1], and whether they are in it."""
+        width = self.student_CV.shape[1]
+        column = (labels_B - self.first_id)[:, None]
+        return column.clamp(0, width - 1), (column >= 0) & (column < width)
+
+    def _reduce_student(self, rows: slice, labels_B: Tensor, out: Shards) -> None:
+        """Temper a block of student logits and fill its numbers; leaves logits - maxima in scratch 0."""
+        logits = self.student_CV[rows]
+        shifted, exponentials, _ = self._scratch[:, : len(logits)]
+        self._temper_(logits, self.student)
+        column, owned = self._own_label(labels_B)
+        out.label_q.copy_(torch.where(owned, logits.gather(1, column), 0.0)[:, 0])
+        top = logits.amax(1, keepdim=True)
+        torch.sub(logits, top, out=shifted)
+        out.max_q.copy_(top[:, 0])
+        out.sum_q.copy_(torch.exp(shifted, out=exponentials).sum(1))
+        if self.temperature == 1:
+            out.sum_hard.copy_(out.sum_q)
+        else:
+            out.sum_hard.copy_(torch.mul(shifted, self.temperature, out=exponentials).exp_().sum(1))
+
+    def _reduce_teacher(self, rows: slice, out: Shards) -> None:
+        """Temper a block of teacher logits and fill its numbers; reads the student's from scratch 0."""
+        logits = self.teacher_CV[rows]
+        student_shifted, shifted, log_ratio = self._scratch[:, : len(logits)]
+        self._temper_(logits, self.teacher)
+        top = logits.amax(1, keepdim=True)
+        torch.sub(logits, top, out=shifted)
+        torch.sub(shifted, student_shifted, out=log_ratio)
+        shifted.exp_()
+        out.max_p.copy_(top[:, 0])
+        out.sum_p.copy_(shifted.sum(1))
+        out.divergence.copy_(self.term.shard_sum(shifted, log_ratio))
+
+    def _factors(self, shards: Shards) -> _Factors:
+        """Return what turns logits into probabilities, [C, 1] each, in the buffers' dtype."""
+        hard = shards.whole_hard(self.temperature)
+        columns = (
+            shards.max_q.amax(0),
+            1 / shards.whole_q(),
+            1 / hard,
+            shards.max_p.amax(0),
+            1 / shards.whole_p(),
+        )
+        return _Factors(*(column.to(self.student_CV.dtype)[:, None] for column in columns))
+
+    def _write_gradient(
+        self, rows: slice, labels_B: Tensor, factors: _Factors, hard_weight: float, soft_weight: float
+    ) -> None:
+        """Overwrite a block of tempered student logits with the gradient of z."""
+        logits = self.student_CV[rows]
+        q, p, hard = self._scratch[:, : len(logits)]
+        torch.sub(logits, factors.top_q, out=q)
+        # The hard term sees untempered logits, T times the tempered ones: so is its gradient by the latter.
+        hard_weight *= self.temperature
+        if hard_weight:
+            torch.mul(q, self.temperature, out=hard).exp_().mul_(factors.inverse_hard * hard_weight)
+            column, owned = self._own_label(labels_B)
+            hard.scatter_add_(1, column, owned.to(hard.dtype) * -hard_weight)
+        else:
+            hard.zero_()
+        if soft_weight:
+            q.exp_().mul_(factors.inverse_q)
+            torch.sub(self.teacher_CV[rows], factors.top_p, out=p).exp_().mul_(factors.inverse_p)
+            hard.add_(self.term.gradient_(q, p), alpha=soft_weight)
+        slope = self.student.scale / self.temperature
+        if self.student.softcap is not None:
+            # d tanh(x) / dx = 1 - tanh(x)**2, and the logits still hold the tanh.
+            torch.mul(logits, self.temperature / self.student.softcap, out=q)
+            hard.mul_(q.square_().neg_().add_(1))
+        torch.mul(hard, slope, out=logits)

@@ -1,0 +1,109 @@
+"""Judge the safetensors files of a model folder by their headers, before any weight is read.
+
+Decides: which files hold the weights (the index if there is one, else `model.safetensors`), and that each is whole: a
+file must be exactly as long as its own header says, must hold the tensors the index promises, and must lie in the
+folder itself. Costs one small read a file, so a file cut short is known at once and not after minutes of loading.
+Does not look at values, and does not compare names with a model: the loader does, strictly.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from distill.config import ConfigError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# The format's own limit; a longer length means that these eight bytes are no safetensors header.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def check_weight_files(folder: Path, *, key: str) -> None:
+    """Check that a folder's safetensors files are all there and whole.
+
+    Args:
+        folder: a Hugging Face model folder.
+        key: the setting that named it, for the message.
+    Raises:
+        ConfigError: no safetensors, a missing shard or tensor, a shard outside the folder, a file cut short.
+    """
+    if (folder / _INDEX).is_file():
+        shards = _read_index(folder / _INDEX, key)
+    elif (folder / _SINGLE).is_file():
+        shards = {_SINGLE: set()}
+    else:
+        raise ConfigError(_no_weights(folder, key))
+    for shard, expected in sorted(shards.items()):
+        path = folder / shard
+        if not path.is_file():
+            raise ConfigError(
+                f"{key}={folder}: {_INDEX} names {shard}, which is missing; fetch the model again"
+            )
+        missing = expected - _check_file(path, key)
+        if missing:
+            raise ConfigError(f"{key}={folder}: {shard} lacks {min(missing)}, which {_INDEX} promises there")
+
+
+def _no_weights(folder: Path, key: str) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{key}={folder} holds its weights as {pickles[0]}; only safetensors are read (a pickle can run code): "
+            "convert it with save_pretrained of transformers"
+        )
+    return f"{key}={folder} holds no weights; it needs {_SINGLE}, or {_INDEX} and the files that it names"
+
+
+def _read_index(path: Path, key: str) -> dict[str, set[str]]:
+    """Return the tensor names of each shard that an index names."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(shard), str(name)) for name, shard in weight_map.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: {path} is not a safetensors index with a weight_map ({error})") from error
+    shards: dict[str, set[str]] = {}
+    for shard, name in pairs:
+        # A plain name stays in the folder on every system: no separator, no drive, no parent.
+        if Path(shard).name != shard or "\\" in shard or ":" in shard or not shard.endswith(".safetensors"):
+            raise ConfigError(
+                f"{key}: {path} names the file {shard!r}; a plain name ending in .safetensors is right"
+            )
+        shards.setdefault(shard, set()).add(name)
+    if not shards:
+        raise ConfigError(f"{key}: {path} names no file; the model has no weights")
+    return shards
+
+
+def _check_file(path: Path, key: str) -> set[str]:
+    """Return the tensor names of a safetensors file whose length agrees with its header."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
+            raise ConfigError(f"{key}: {path} is not a safetensors file ({size_bytes} bytes); fetch it again")
+        if 8 + header_bytes > size_bytes:
+            raise ConfigError(_cut_short(path, key, size_bytes, 8 + header_bytes))
+        try:
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+            tensors = {
+                name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ConfigError(
+                f"{key}: {path} has a broken safetensors header ({error}); fetch it again"
+            ) from error
+    expected_bytes = 8 + header_bytes + max(tensors.values(), default=0)
+    if size_bytes != expected_bytes:
+        raise ConfigError(_cut_short(path, key, size_bytes, expected_bytes))
+    return set(tensors)
+
+
+def _cut_short(path: Path, key: str, size_bytes: int, expected_bytes: int) -> str:
+    fault = "is cut short" if size_bytes < expected_bytes else "is too long"
+    return (
+        f"{key}: {path} {fault}: {size_bytes} bytes where its header needs {expected_bytes}; fetch it again"
+    )

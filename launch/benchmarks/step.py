@@ -1,0 +1,315 @@
+"""Benchmark `step`: a distillation step on one process against TRL's trainers, in the same run.
+
+All sides load the same teacher and student folders, take the same rows in the same micro-batches, minimise the forward
+KL to the teacher alone (TRL's trainers have no hard term), clip to norm 1, and step fused AdamW; one thread each. The
+sides take turns, a step each; that their first losses agree is checked.
+
+- `TRL GKDTrainer`: off-policy (lmbda 0, beta 0), the trainer for this task. Its loss has no temperature, so both run at 1.
+- `TRL DistillationTrainer`: chunked loss. It only trains on what the student generates, so it is given the rows in place
+  of the generation (`_trl_peer.py`).
+
+Time is seconds a token (median step over tokens fed), without data loading. Memory is a process's peak during a step,
+less what it held before the models and less the bytes of both models' weights and the student's two moments: gradients,
+activations, and the loss. The first step is not counted. Reads /proc, so Linux only.
+
+TRL lives in a virtual environment of its own, `.venv-trl`, made here when it is missing.
+
+Options: `teacher`, `student` (folders; by default random ones: SmolLM2-135M's shape, and the same with 0.6 of its FFN
+channels), `rows` (4) in a step, `microbatch` (4), `seq_len` (256), `recompute` (false), `dtype` (float32), `steps` (3),
+`threads` (1), `trainers` (["gkd", "distillation"]).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import multiprocessing
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from distill.config import Config, ConfigError, Data, Loss, MeshShape, Train
+from distill.data import IGNORE, MicroBatch
+from distill.session import load_stage, make_training_plan
+from distill.step import DistillationStep, messages
+from launch.benchmarks.loss import forget_peak, status_bytes
+from parallel.mesh import Mesh
+from parallel.model import build_meta_model
+from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.pipeline.p2p import Links
+
+_ROOT = Path(__file__).resolve().parents[2]
+_VENV = _ROOT / ".venv-trl"
+_TORCH = "2.13.0"
+_PACKAGES = ("trl==1.16.0", "accelerate==1.15.0", "transformers==5.23.0", "datasets==5.2.0")
+_PEERS = {"gkd": "TRL GKDTrainer", "distillation": "TRL DistillationTrainer"}
+_TIME_BOUND, _MEMORY_BOUND = 0.9, 0.4
+_LOSS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every side is told."""
+
+    teacher: str = ""
+    student: str = ""
+    data: str = ""
+    rows: int = 4
+    microbatch: int = 4
+    seq_len: int = 256
+    recompute: bool = False
+    dtype: str = "float32"
+    steps: int = 3
+    threads: int = 1
+    temperature: float = 1.0
+    lr: float = 1e-4
+    trainer: str = ""
+
+
+class _Ours:
+    """This project's step in a process of its own."""
+
+    def __init__(self, job: _Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def step(self) -> dict[str, float]:
+        """Run one step; return its seconds, peak bytes above the process's start, and loss."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+class _Trl:
+    """One of TRL's trainers in TRL's environment."""
+
+    def __init__(self, job: _Job) -> None:
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [_VENV / "bin" / "python", Path(__file__).with_name("_trl_peer.py"), json.dumps(asdict(job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+
+    def step(self) -> dict[str, float]:
+        """Run one step; return its seconds, peak bytes above the process's start, and loss."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"TRL ended early:\n{self._log.read()[-4000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+        self._log.close()
+
+
+def _serve(job: _Job, pipe: Connection) -> None:
+    torch.set_num_threads(job.threads)
+    base_bytes = status_bytes("VmRSS")
+    step, microbatches = _build(job)
+    for number in range(job.steps):
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        forget_peak()
+        start_s = time.perf_counter()
+        stats = step(number, microbatches)
+        elapsed_s = time.perf_counter() - start_s
+        pipe.send(
+            {"seconds": elapsed_s, "peak_bytes": status_bytes("VmHWM") - base_bytes, "loss": stats.total}
+        )
+
+
+def _build(job: _Job) -> tuple[DistillationStep, list[MicroBatch]]:
+    mesh = Mesh.single()
+    config = Config(
+        loss=Loss(temperature=job.temperature, alpha=0.0),
+        mesh=MeshShape(pp=1, dp=1, tp=1),
+        data=Data(seq_len=job.seq_len),
+        train=Train(
+            global_batch_size=job.rows,
+            microbatch_size=job.microbatch,
+            steps=job.steps,
+            dtype=job.dtype,
+            recompute=job.recompute,
+        ),
+    )
+    teacher, student = (
+        load_stage(
+            Path(folder), AutoConfig.from_pretrained(folder), config, mesh, trainable=trainable, key=key
+        )
+        for folder, trainable, key in ((job.teacher, False, "teacher"), (job.student, True, "student"))
+    )
+    options = AdamWOptions(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
+    step = DistillationStep(
+        mesh=mesh,
+        student=student,
+        teacher=teacher,
+        optimizer=StageOptimizer.of_stage(
+            student, mesh, options, LearningRate(job.lr, 0, job.steps, "constant")
+        ),
+        plan=make_training_plan(config),
+        loss=config.loss,
+        links=Links(mesh, messages(student, teacher, rows=job.microbatch, seq_len=job.seq_len)),
+    )
+    input_ids = load_file(job.data)["rows"]
+    labels = input_ids.roll(-1, dims=1)
+    labels[:, -1] = IGNORE
+    positions = torch.arange(job.seq_len).expand_as(input_ids)
+    pieces = (part.split(job.microbatch) for part in (input_ids, positions, labels))
+    return step, [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+
+
+def _make_venv() -> None:
+    """Install TRL into `.venv-trl`, torch first and alone, unless it is there in the versions wanted."""
+    stamp, wanted = _VENV / "installed", " ".join((_TORCH, *_PACKAGES))
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
+    print(f"making {_VENV.name} with {', '.join(_PACKAGES)}", file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "venv", _VENV], check=True)
+    # The environment is no part of the repository.
+    (_VENV / ".gitignore").write_text("*\n", encoding="utf-8")
+    pip = [_VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+    # The CPU build, where an index offers it, spares gigabytes.
+    if subprocess.run([*pip, f"torch=={_TORCH}+cpu"], check=False).returncode:
+        subprocess.run([*pip, f"torch=={_TORCH}"], check=True)
+    subprocess.run([*pip, "--constraint", _ROOT / "constraints.txt", *_PACKAGES], check=True)
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def _random_model(folder: Path, intermediate_size: int) -> str:
+    """Write a Llama of SmolLM2-135M's shape but for its FFN width."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(intermediate_size)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def _prepare(job: _Job, folder: Path) -> _Job:
+    """Write the models that were not named, and the rows."""
+    teacher = job.teacher or _random_model(folder / "teacher", 1536)
+    student = job.student or _random_model(folder / "student", 928)
+    vocab_size = AutoConfig.from_pretrained(student).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, vocab_size, (job.rows, job.seq_len), generator=generator)
+    save_file({"rows": rows}, folder / "rows.safetensors")
+    return replace(job, teacher=teacher, student=student, data=str(folder / "rows.safetensors"))
+
+
+def _state_bytes(job: _Job) -> int:
+    """Return the bytes of both models' weights and the student's two moments."""
+    teacher, student = (
+        sum(
+            parameter.numel()
+            for parameter in build_meta_model(AutoConfig.from_pretrained(folder)).parameters()
+        )
+        for folder in (job.teacher, job.student)
+    )
+    return (teacher + 3 * student) * getattr(torch, job.dtype).itemsize
+
+
+def _rows(job: _Job, answers: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    first = {name: given[0]["loss"] for name, given in answers.items()}
+    assert all(
+        abs(loss - first["ours"]) <= _LOSS_TOLERANCE * abs(first["ours"]) for loss in first.values()
+    ), first
+    tokens, state_bytes = job.rows * job.seq_len, _state_bytes(job)
+    seconds = {
+        name: statistics.median(answer["seconds"] for answer in given[1:]) / tokens
+        for name, given in answers.items()
+    }
+    above = {
+        name: max(answer["peak_bytes"] for answer in given[1:]) - state_bytes
+        for name, given in answers.items()
+    }
+    case = f"{job.rows} x {job.seq_len} tokens by {job.microbatch}, T {job.temperature:g}, {job.dtype}"
+    case += ", recompute" if job.recompute else ""
+    figures = (
+        ("s a token", seconds, _TIME_BOUND),
+        ("peak bytes above weights and moments", above, _MEMORY_BOUND),
+    )
+    return [
+        {
+            "case": f"{case}: {what}",
+            "ours": by_side["ours"],
+            "peer": by_side[trainer],
+            "peer_name": _PEERS[trainer],
+            "ratio": by_side["ours"] / by_side[trainer],
+            "bound": bound,
+        }
+        for trainer in answers
+        if trainer != "ours"
+        for what, by_side, bound in figures
+    ]
+
+
+def run(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for time and one for memory, for each of TRL's trainers.
+
+    Args:
+        options: as in the module's docstring.
+    Raises:
+        ConfigError: an unknown option or trainer, or rows that the micro-batches do not divide.
+    """
+    options = dict(options)
+    trainers = options.pop("trainers", list(_PEERS))
+    known = {field.name for field in fields(_Job)} - {"data", "trainer", "lr", "temperature"}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{name} is no option; use {', '.join(sorted(known | {'trainers'}))}")
+    for trainer in trainers:
+        if trainer not in _PEERS:
+            raise ConfigError(f"trainers={trainer}; use {', '.join(_PEERS)}")
+    job = _Job(**options)
+    if job.rows % job.microbatch:
+        raise ConfigError(f"microbatch={job.microbatch} does not divide rows={job.rows}")
+    _make_venv()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        # One step more than is counted, to warm up.
+        job = replace(_prepare(job, Path(folder)), steps=job.steps + 1)
+        sides: dict[str, _Ours | _Trl] = {"ours": _Ours(job)}
+        stack.callback(sides["ours"].close)
+        for trainer in trainers:
+            sides[trainer] = _Trl(replace(job, trainer=trainer))
+            stack.callback(sides[trainer].close)
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        for _ in range(job.steps):
+            for name, side in sides.items():
+                answers[name].append(side.step())
+        return _rows(job, answers)

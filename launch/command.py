@@ -1,0 +1,80 @@
+"""What every command does around its work: read the settings, refuse mistakes in one line, join the ranks.
+
+Decides: mistakes that the settings alone show are refused by every rank on its own, before torch is imported and
+before any rank waits for another; rank 0 prints one line and all leave with the same exit code. Does not know what the
+commands do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distill.checks import check_config
+from distill.config import Config, ConfigError
+from distill.stop import Stop
+from launch.config import compose_config, config_text, parse_command_line
+from launch.environment import USER_ERROR, World
+from launch.help import help_text
+from launch.signals import listen
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: how it is called and what it does."""
+
+    usage: str
+    """The line a user types."""
+    about: str
+    """What it does, for `--help`."""
+    run: Callable[[Config, Mesh, Stop], None]
+    """The work itself, called on every rank."""
+    check: Callable[[Config], None] = lambda config: None
+    """Refuses, before the ranks meet, what this command cannot do."""
+    needs: tuple[str, ...] = ("teacher.model", "data.path")
+    """Keys that must be given."""
+
+
+def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a command on this rank and return the exit code.
+
+    Args:
+        arguments: the command line after the command's name; None takes that of the process.
+    """
+    world = World.from_environment()
+    say = print if world.rank == 0 else _say_nothing
+    try:
+        line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        if line.shows == "help":
+            say(help_text(command.usage, command.about))
+            return 0
+        config = compose_config(line)
+        if line.shows == "config":
+            say(config_text(config), end="")
+            return 0
+        config = check_config(config, world_size=world.size, needs=command.needs)
+        command.check(config)
+        _run(command, config, world)
+    except ConfigError as error:
+        say(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+def _run(command: Command, config: Config, world: World) -> None:
+    stop = Stop()
+    listen(stop, announces=world.rank == 0)
+    # Imported late: torch takes seconds, and a mistake should be told before.
+    from launch.ranks import joined
+
+    with joined(config, world) as mesh:
+        command.run(config, mesh, stop)
+
+
+def _say_nothing(*values: object, **options: object) -> None:
+    """Stand in for `print` on the ranks that do not speak."""

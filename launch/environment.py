@@ -1,0 +1,36 @@
+"""What torchrun tells a process, and what the process tells the system when it ends.
+
+Decides the exit codes. Assumes torchrun's variable names; without them the process is a world of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+FAILURE, USER_ERROR = 1, 2
+"""Exit codes: something broke; the user asked for something that cannot be."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all processes of the run, and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @staticmethod
+    def from_environment() -> World:
+        """Return the place that torchrun wrote into the environment, or that of a single process."""
+
+        def read(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        return World(
+            rank=read("RANK", 0),
+            size=read("WORLD_SIZE", 1),
+            local_rank=read("LOCAL_RANK", 0),
+            local_size=read("LOCAL_WORLD_SIZE", 1),
+        )

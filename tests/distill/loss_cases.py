@@ -1,0 +1,165 @@
+"""Random problems for the distillation loss, the formula they are held against, and the comparison."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.head import Head
+from distill.losses import fused_distillation_loss
+from distill.packing import IGNORE
+from parallel.collectives import shard_range
+from parallel.mesh import Axis
+
+EXACT = 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random problem, the same on every rank; sizes are odd on purpose."""
+
+    temperature: float = 2.0
+    alpha: float = 0.3
+    vocab: int = 37
+    tokens: int = 13
+    student_width: int = 5
+    teacher_width: int = 7
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    lopsided: bool = False
+    """Teacher's mass on the lowest ids, student's on the highest: every shard has another share."""
+    chunk: int | None = 4
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        labels = torch.randint(0, self.vocab, (self.tokens,), generator=generator)
+        labels[[0, 4, 5]] = IGNORE
+        lean = torch.linspace(3, -3, self.vocab, dtype=torch.float64).to(dtype) * self.lopsided
+        biased = self.bias or self.lopsided
+        return {
+            "hidden": draw(self.tokens, self.student_width),
+            "weight": draw(self.vocab, self.student_width),
+            "bias": draw(self.vocab) - lean if biased else None,
+            "teacher_hidden": draw(self.tokens, self.teacher_width),
+            "teacher_weight": draw(self.vocab, self.teacher_width),
+            "teacher_bias": draw(self.vocab) + lean if biased else None,
+            "labels": labels,
+        }
+
+
+CASES = [
+    *(Case(temperature=t, alpha=a) for t, a in itertools.product((1.0, 2.0, 5.0), (0.0, 0.3, 1.0))),
+    Case(bias=True),
+    Case(scale=0.25),
+    Case(bias=True, scale=1.5, softcap=4.0),
+    Case(lopsided=True),
+    Case(temperature=0.5, lopsided=True),
+    Case(vocab=3),
+    Case(tokens=6, chunk=1),
+    Case(chunk=None),
+]
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+    z = hidden @ weight.T
+    z = (z if bias is None else z + bias) * case.scale
+    return z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
+
+
+def plain_loss(case: Case, tensors: dict[str, Any], num_valid_tokens: int) -> dict[str, Tensor]:
+    """The formula, token by token and id by id, in float64 and differentiated by autograd."""
+    wide = {
+        k: v.detach().double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()
+    }
+    inputs = {k: wide[k].requires_grad_() for k in ("hidden", "weight", "bias") if wide[k] is not None}
+    student = logits_of(wide["hidden"], wide["weight"], wide["bias"], case)
+    teacher = logits_of(wide["teacher_hidden"], wide["teacher_weight"], wide["teacher_bias"], case)
+    hard = soft = torch.zeros((), dtype=torch.float64)
+    for s, t, label in zip(student, teacher, wide["labels"].tolist(), strict=True):
+        if label == IGNORE:
+            continue
+        hard = hard - (s[label] - torch.logsumexp(s, 0))
+        log_p = t / case.temperature - torch.logsumexp(t / case.temperature, 0)
+        log_q = s / case.temperature - torch.logsumexp(s / case.temperature, 0)
+        soft = soft + case.temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+    total = (case.alpha * hard + (1 - case.alpha) * soft) / num_valid_tokens
+    grads = torch.autograd.grad(total, list(inputs.values()))
+    if case.alpha == 1:
+        soft = torch.zeros_like(soft)
+    return {
+        "hard": hard.detach() / num_valid_tokens,
+        "soft": soft.detach() / num_valid_tokens,
+        **{f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)},
+    }
+
+
+def heads(case: Case, tensors: dict[str, Any], tp: Axis) -> tuple[Head, Head]:
+    own = slice(*shard_range(case.vocab, tp.size, tp.rank))
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[own].clone()
+
+    student = Head(cut(tensors["weight"]), cut(tensors["bias"]), case.scale, case.softcap)
+    teacher = Head(
+        cut(tensors["teacher_weight"]), cut(tensors["teacher_bias"]), case.scale, case.softcap, case.vocab
+    )
+    return student, teacher
+
+
+def sharded_loss(
+    case: Case, tensors: dict[str, Any], tp: Axis, num_valid_tokens: int, **options: Any
+) -> dict[str, Tensor]:
+    """What `fused_distillation_loss` gives on this rank, under the names of `plain_loss`."""
+    student, teacher = heads(case, tensors, tp)
+    wide = torch.float64 if tensors["hidden"].dtype == torch.float64 else torch.float32
+    grad_weight = torch.zeros_like(student.weight_VD, dtype=wide)
+    grad_bias = None if student.bias_V is None else torch.zeros_like(student.bias_V, dtype=wide)
+    result = fused_distillation_loss(
+        tensors["hidden"],
+        student,
+        tensors["teacher_hidden"],
+        teacher,
+        tensors["labels"],
+        temperature=case.temperature,
+        alpha=case.alpha,
+        num_valid_tokens=num_valid_tokens,
+        tp=tp,
+        **{"chunk_tokens": case.chunk, "grad_weight_out_VD": grad_weight, "grad_bias_out_V": grad_bias}
+        | options,
+    )
+    found = {"hard": result.hard, "soft": result.soft, "grad_weight": grad_weight}
+    if result.grad_hidden_TD is not None:
+        found["grad_hidden"] = result.grad_hidden_TD
+    if grad_bias is not None:
+        found["grad_bias"] = grad_bias
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference; infinite where one is not a number, which would pass a comparison of maxima."""
+    if expected.numel() == 0:
+        return 0.0
+    return (found - expected).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def errors(case: Case, tp: Axis) -> dict[str, float]:
+    """Largest differences between the sharded loss and the formula, by name, on this rank."""
+    tensors = case.tensors()
+    # More tokens than there are here: the denominator is the step's, not the micro-batch's.
+    expected = plain_loss(case, tensors, num_valid_tokens=29)
+    found = sharded_loss(case, tensors, tp, num_valid_tokens=29)
+    own = slice(*shard_range(case.vocab, tp.size, tp.rank))
+    for name in ("grad_weight", "grad_bias"):
+        if name in expected:
+            expected[name] = expected[name][own]
+    assert found.keys() == expected.keys()
+    return {name: distance(found[name], expected[name]) for name in found}

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.config import Checkpoint, Config, ConfigError, Log, Loss, MeshShape, Run, Train
+from distill.runfolder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    check_run_folder,
+    cut_lines,
+    read_summary,
+    write_config,
+    write_whole,
+)
+
+
+def config_in(folder: Path) -> Config:
+    return replace(Config(), run=Run(dir=str(folder)), mesh=MeshShape(pp=2, dp=1))
+
+
+def test_a_new_folder_and_the_same_settings_pass(tmp_path: Path) -> None:
+    config = config_in(tmp_path / "run")
+    check_run_folder(config)
+    write_config(config)
+    check_run_folder(config)
+
+
+def test_another_config_is_refused_with_its_key(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    write_config(config)
+    with pytest.raises(ConfigError) as caught:
+        check_run_folder(replace(config, loss=Loss(temperature=5.0)))
+    assert str(caught.value) == (
+        f"run.dir={tmp_path} holds a run with loss.temperature=2.0, this one has loss.temperature=5.0; use another "
+        "run.dir or loss.temperature=2.0"
+    )
+    with pytest.raises(ConfigError, match=r"loss.alpha=0.3, this one has loss.alpha=0.5 \(and 2 more\)"):
+        check_run_folder(replace(config, loss=Loss(alpha=0.5), mesh=MeshShape(pp=1, dp=2)))
+
+
+def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    write_config(config)
+    more = replace(config, train=Train(steps=2000, timeout_s=5.0), log=Log(wandb="disabled"))
+    check_run_folder(replace(more, checkpoint=Checkpoint(every=7)))
+    with pytest.raises(ConfigError, match="train.seed=0, this one has train.seed=1"):
+        check_run_folder(replace(config, train=Train(seed=1)))
+
+
+def test_starting_anew_does_not_overwrite_a_run(tmp_path: Path) -> None:
+    config = replace(config_in(tmp_path), checkpoint=Checkpoint(resume="none"))
+    write_config(config)
+    check_run_folder(config)
+    (tmp_path / METRICS_FILE).write_text("{}\n")
+    with pytest.raises(ConfigError, match="checkpoint.resume=none starts anew, but run.dir="):
+        check_run_folder(config)
+
+
+def test_a_file_in_place_of_the_folder_or_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; use a folder"):
+        check_run_folder(config_in(tmp_path / "file"))
+    (tmp_path / CONFIG_FILE).write_text("- a list\n")
+    with pytest.raises(ConfigError, match="is not the settings of a run"):
+        check_run_folder(config_in(tmp_path))
+
+
+def test_lines_after_the_step_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "los')
+    assert [line["step"] for line in cut_lines(file, last_step=3)] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+    assert cut_lines(tmp_path / "none.jsonl", last_step=3) == []
+
+
+def test_a_broken_line_in_the_middle_is_told(tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    file.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON: 'nonsense'"):
+        cut_lines(file, last_step=3)
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_whole(file, "one")
+    write_whole(file, "two")
+    assert file.read_text() == "two" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_summary_of_a_run_that_did_not_end(tmp_path: Path) -> None:
+    assert read_summary(tmp_path) is None

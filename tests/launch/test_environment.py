@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+
+from launch.environment import World
+
+
+def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.from_environment() == World(rank=0, size=1, local_rank=0, local_size=1)
+
+
+def test_a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert World.from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)

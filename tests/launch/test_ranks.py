@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.config import ConfigError
+from launch.environment import World
+from launch.ranks import choose_device
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "local_size", "device"),
+    [
+        ("auto", 0, 2, "cpu"),
+        ("cpu", 4, 2, "cpu"),
+        ("auto", 2, 2, "cuda:1"),
+        ("cuda", 4, 2, "cuda:1"),
+        ("auto", 1, 2, "cpu"),
+    ],
+)
+def test_devices(
+    name: str, num_gpus: int, local_size: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    world = World(rank=1, size=local_size, local_rank=1, local_size=local_size)
+    assert choose_device(name, world) == torch.device(device)
+
+
+def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    world = World(size=2, local_size=2)
+    with pytest.raises(ConfigError, match="run.device=cuda needs a GPU for each of the 2 processes"):
+        choose_device("cuda", world)
+    choose_device("auto", world)
+    assert capsys.readouterr().out == "note: 2 processes share 1 GPU on this machine, so the CPU is used\n"

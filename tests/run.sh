@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Install with the test tools, then check style, import directions and behaviour: `bash tests/run.sh [PYTEST ARGUMENTS]`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash launch/install.sh test
+export OMP_NUM_THREADS=1
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/lint-imports --no-cache
+exec .venv/bin/python -m pytest -m "not slow" "$@"
