@@ -57,7 +57,7 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     state = _resume(config, mesh, session, folder)
     total_steps = config.train.steps
     with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log:
-        stop.call_before_kill(log.close)
+        stop.call_before_kill(log.save_buffers)
         _say_start(log, config, session, state)
         if state.step == 0:
             _judge(log, mesh, session, step=0, who="teacher")

@@ -53,11 +53,35 @@ def coordinates_of(rank: int, *, dp: int, tp: int) -> Coordinates:
     return Coordinates(pp=rank // (dp * tp), dp=rank // tp % dp, tp=rank % tp)
 
 
-def _axis(name: str, ranks: Sequence[int], rank: int) -> Axis:
-    if len(ranks) == 1:
-        return Axis(name, ranks=tuple(ranks))
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    return Axis(name, size=len(ranks), rank=list(ranks).index(rank), group=group, ranks=tuple(ranks))
+def pipelines_of(*, pp: int, dp: int, tp: int) -> list[tuple[int, ...]]:
+    """Return the world ranks of every pipeline of a mesh, each in stage order."""
+    return [
+        tuple((stage * dp + replica) * tp + shard for stage in range(pp))
+        for replica in range(dp)
+        for shard in range(tp)
+    ]
+
+
+class _Groups:
+    """Makes process groups, one for each set of ranks: axes that coincide share theirs.
+
+    Every rank makes every group, in one order: torch numbers groups by how many a process has made, so a group that
+    only its members make gets different names on ranks that have made different numbers of them, and hangs.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._made = {tuple(range(world_size)): dist.group.WORLD}
+
+    def axis(self, name: str, sets: Sequence[tuple[int, ...]]) -> Axis:
+        """Return the axis over the one of `sets` that this rank is in; alone if it is in none."""
+        for members in sets:
+            if len(members) > 1 and members not in self._made:
+                self._made[members] = dist.new_group(list(members))
+        mine = next((members for members in sets if self._rank in members), (self._rank,))
+        if len(mine) == 1:
+            return Axis(name, ranks=mine)
+        return Axis(name, size=len(mine), rank=mine.index(self._rank), group=self._made[mine], ranks=mine)
 
 
 @dataclass(frozen=True)
@@ -91,39 +115,38 @@ class Mesh:
             device: where this rank computes.
         Raises:
             ValueError: the product is not the world size.
-        Collectives: creates one group for each axis that is longer than 1 (local to its members).
+        Collectives: creates one group for each set of ranks that is no axis of one (made on all ranks).
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if pp * dp * tp != world_size:
             raise ValueError(
                 f"mesh pp={pp} x dp={dp} x tp={tp} is {pp * dp * tp} ranks, the world has {world_size}"
             )
-        here = coordinates_of(rank, dp=dp, tp=tp)
+        groups = _Groups(rank, world_size)
 
-        def along(name: str, **same: int) -> Axis:
-            ranks = [
-                other
-                for other in range(world_size)
-                if all(
-                    getattr(coordinates_of(other, dp=dp, tp=tp), axis) == index
-                    for axis, index in same.items()
-                )
-            ]
-            return _axis(name, ranks, rank)
+        def along(name: str, *same: str) -> Axis:
+            sets: dict[tuple[int, ...], list[int]] = {}
+            for other in range(world_size):
+                place = coordinates_of(other, dp=dp, tp=tp)
+                sets.setdefault(tuple(getattr(place, axis) for axis in same), []).append(other)
+            return groups.axis(name, [tuple(ranks) for ranks in sets.values()])
 
-        pipeline = along("pp", dp=here.dp, tp=here.tp)
-        ends = (pipeline.ranks[0], pipeline.ranks[-1])
-        on_tie = pp > 1 and rank in ends
+        ends = [(ranks[0], ranks[-1]) for ranks in pipelines_of(pp=pp, dp=dp, tp=tp)] if pp > 1 else []
         return Mesh(
-            pp=pipeline,
-            dp=along("dp", pp=here.pp, tp=here.tp),
-            tp=along("tp", pp=here.pp, dp=here.dp),
-            model=along("model", dp=here.dp),
-            batch=along("batch", tp=here.tp),
-            tie=_axis("tie", ends, rank) if on_tie else Axis("tie", ranks=(rank,)),
+            pp=along("pp", "dp", "tp"),
+            dp=along("dp", "pp", "tp"),
+            tp=along("tp", "pp", "dp"),
+            model=along("model", "dp"),
+            batch=along("batch", "tp"),
+            tie=groups.axis("tie", ends),
             world=along("world"),
             device=torch.device(device),
         )
+
+    @property
+    def pipelines(self) -> list[tuple[int, ...]]:
+        """World ranks of every pipeline, in one order on all ranks."""
+        return pipelines_of(pp=self.pp.size, dp=self.dp.size, tp=self.tp.size)
 
     @staticmethod
     def from_torchrun(*, pp: int, dp: int, tp: int) -> Mesh:

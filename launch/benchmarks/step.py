@@ -102,7 +102,7 @@ class _Trl:
     """One of TRL's trainers in TRL's environment."""
 
     def __init__(self, job: _Job) -> None:
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [_VENV / "bin" / "python", Path(__file__).with_name("_trl_peer.py"), json.dumps(asdict(job))],
             stdin=subprocess.PIPE,

@@ -8,6 +8,7 @@ what arrives is checked by the plan's order alone. Groups are made and touched w
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Links:
         mesh: the pp axis decides the neighbours.
         messages: kind of traffic (F, B, K) -> shape and dtype; kinds left out do not travel.
         window: receives posted ahead on each channel.
-    Collectives: creates the groups of the edges this rank ends, in one order on all ranks, and sends one element over each.
+    Collectives: creates the groups of all edges, in one order on all ranks; sends one element over this rank's.
     """
 
     def __init__(self, mesh: Mesh, messages: dict[Kind, Message], *, window: int = 2) -> None:
@@ -68,16 +69,18 @@ class Links:
 
     def _open(self) -> dict[Kind, _Channel]:
         channels: dict[Kind, _Channel] = {}
-        ranks, here = self.mesh.pp.ranks, self.mesh.pp.rank
-        for edge in range(self.mesh.pp.size - 1):
-            ends = [ranks[edge], ranks[edge + 1]]
-            for kind in (Kind.F, Kind.B, Kind.K):
-                if kind not in self.messages or here not in (edge, edge + 1):
-                    continue
-                group = dist.new_group(ends, use_local_synchronization=True)
-                sends = (here == edge) == (kind != Kind.B)
-                action = Kind(f"{'SEND' if sends else 'RECV'}_{kind}")
-                channels[action] = _Channel(ends[1] if here == edge else ends[0], group)
+        if self.mesh.pp.size == 1:
+            return channels
+        here = self.mesh.world.rank
+        for ranks in self.mesh.pipelines:
+            for upper, lower in itertools.pairwise(ranks):
+                for kind in (kind for kind in (Kind.F, Kind.B, Kind.K) if kind in self.messages):
+                    # Made on every rank, members or not: see parallel.mesh.
+                    group = dist.new_group([upper, lower])
+                    if here in (upper, lower):
+                        sends = (here == upper) == (kind != Kind.B)
+                        action = Kind(f"{'SEND' if sends else 'RECV'}_{kind}")
+                        channels[action] = _Channel(lower if here == upper else upper, group)
         return channels
 
     def _warm_up(self) -> None:

@@ -157,6 +157,7 @@ def test_the_look_ahead_is_numbered_from_the_next_step() -> None:
 def test_the_planner_starts_without_torch() -> None:
     code = (
         "import sys; from parallel.pipeline import actions, schedules, lower, order, validate, simulate, trace;"
+        "from parallel.pipeline import cycle, fill, partition;"
         "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
