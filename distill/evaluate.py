@@ -21,6 +21,7 @@ from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.actions import Kind
 from parallel.pipeline.p2p import Links
+from parallel.weights import parameter_table
 
 
 @dataclass(frozen=True)
@@ -103,3 +104,15 @@ def evaluate(
         agreement=1.0 if alone else agreement / count,
         num_tokens=round(count),
     )
+
+
+def num_parameters(stage: StageModel, mesh: Mesh) -> int:
+    """Return the parameters of the whole model, tied ones once. Collectives: one all-reduce over pp x tp."""
+    count = sum(
+        entry.parameter.numel()
+        for entry in parameter_table(stage)
+        if not entry.is_tied_copy and (entry.shard is not None or mesh.tp.is_first)
+    )
+    total = torch.tensor(count, device=mesh.device)
+    all_reduce_(total, mesh.model)
+    return int(total)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.data import Batches, MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.evaluate import evaluate, num_parameters
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.shape import resolve_shape
 from distill.step import DistillationStep, messages
@@ -301,3 +302,53 @@ def _learning_rate(config: Config) -> LearningRate:
         schedule=options.schedule,
         min_ratio=options.min_lr_ratio,
     )
+
+
+def make_student(config: Config, mesh: Mesh) -> Path:
+    """Write the pruned student to `run.dir`/student and nothing else; return the folder.
+
+    Raises:
+        ConfigError: a mistake in the settings, the teacher or the corpus.
+    Collectives: those of loading and scoring the teacher.
+    """
+    models = replace(find_models(config, mesh), student_folder=Path(config.run.dir) / "student")
+    corpus = load_corpus(config, mesh, models.teacher_folder)
+    teacher = load_stage(
+        models.teacher_folder, models.teacher_config, config, mesh, trainable=False, key="teacher.model"
+    )
+    prune_for(config, mesh, models, corpus, teacher)
+    return models.student_folder
+
+
+def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
+    """Judge the teacher, and the ready student against it, on the held-out text; return one row for each.
+
+    Raises:
+        ConfigError: a mistake in the settings, the models or the corpus.
+    Collectives: those of loading and evaluating both models.
+    """
+    models = find_models(config, mesh)
+    corpus = load_corpus(config, mesh, models.teacher_folder)
+    student_config = load_config(models.student_folder, key="student.model")
+    teacher = load_stage(
+        models.teacher_folder, models.teacher_config, config, mesh, trainable=False, key="teacher.model"
+    )
+    student = load_stage(
+        models.student_folder, student_config, config, mesh, trainable=False, key="student.model"
+    )
+    traffic = messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
+    links = Links(mesh, {kind: traffic[kind] for kind in (Kind.F, Kind.K)})
+    judging = corpus.judging(config, mesh)
+    judged = {
+        "teacher": evaluate(mesh, links, judging, teacher=teacher),
+        "student": evaluate(mesh, links, judging, student=student, teacher=teacher),
+    }
+    sizes = {"teacher": num_parameters(teacher, mesh), "student": num_parameters(student, mesh)}
+    return [
+        {
+            "model": who,
+            "parameters": sizes[who],
+            **{name.removeprefix("eval/"): value for name, value in quality.named().items()},
+        }
+        for who, quality in judged.items()
+    ]

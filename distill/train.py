@@ -16,8 +16,9 @@ import torch
 
 from distill.config import Config, ConfigError
 from distill.deploy.export import export_student, model_card
-from distill.evaluate import Quality, evaluate
+from distill.evaluate import Quality, evaluate, num_parameters
 from distill.metrics import RunLog, StepMetrics
+from distill.runfolder import read_summary
 from distill.session import DTYPES, Session, open_session
 from distill.step import StepStats
 from distill.stop import Stop
@@ -25,8 +26,6 @@ from distill.timeline import write_timeline
 from parallel import checkpoint
 from parallel.collectives import all_reduce_, broadcast_object
 from parallel.mesh import Mesh
-from parallel.model import StageModel
-from parallel.weights import parameter_table
 
 STUDENT_FOLDER = "student"
 
@@ -53,6 +52,9 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         ConfigError: a mistake that only the models, the corpus or the checkpoint show.
     """
     folder = Path(config.run.dir)
+    ended = broadcast_object(read_summary(folder), mesh.world)
+    if ended and ended.get("finished") and ended["metrics"].get("step") == config.train.steps:
+        return ended
     session = open_session(config, mesh)
     state = _resume(config, mesh, session, folder)
     total_steps = config.train.steps
@@ -155,18 +157,6 @@ def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) ->
     quality = evaluate(mesh, session.links, session.judging, student=student, teacher=session.teacher)
     log.evaluation(step=step, round=0, model=who, values=quality.named())
     return quality
-
-
-def num_parameters(stage: StageModel, mesh: Mesh) -> int:
-    """Return the parameters of the whole model, tied ones once. Collectives: one all-reduce over pp x tp."""
-    count = sum(
-        entry.parameter.numel()
-        for entry in parameter_table(stage)
-        if not entry.is_tied_copy and (entry.shard is not None or mesh.tp.is_first)
-    )
-    total = torch.tensor(count, device=mesh.device)
-    all_reduce_(total, mesh.model)
-    return int(total)
 
 
 def _say_start(log: RunLog, config: Config, session: Session, state: _State) -> None:

@@ -1,6 +1,6 @@
 """Judge a student beside its teacher on the held-out text.
 
-Decides nothing: the work is `distill.evaluate`.
+Decides nothing: the work is `distill.session`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     """Evaluate, and print one row for each model."""
-    from distill.evaluate import evaluate_model
+    from distill.session import judge_models
 
-    rows = evaluate_model(config, mesh)
+    rows = judge_models(config, mesh)
     if mesh.world.is_first:
         print(table(rows), flush=True)
 

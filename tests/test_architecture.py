@@ -32,7 +32,7 @@ ONLY_IN = {
     "omegaconf": ("launch/config.py",),
     "wandb": ("distill/metrics.py",),
     "deepspeed": ("parallel/optimizer.py",),
-    "datasets": ("distill/",),
+    "datasets": ("distill/", "launch/benchmarks/_trl_peer.py"),
     "pickle": (),
 }
 """Modules that only these files may import, also inside functions."""
