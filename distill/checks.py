@@ -182,6 +182,8 @@ def _check_values(flat: dict[str, Any]) -> None:
         if value in _LATER.get(key, ()):
             raise ConfigError(f"{key}={value} is not built yet; use {either(words)}")
         raise ConfigError(f"{key}={value} is not known; use {either(words)}")
+    if flat["train.compile"]:
+        raise ConfigError("train.compile=true is not built yet; use false")
     for key in _POSITIVE:
         if flat[key] is not None and not 0 < flat[key] < math.inf:
             raise ConfigError(f"{key}={flat[key]} must be greater than 0")
