@@ -99,7 +99,7 @@ class Data:
     split_sentences: bool = True
     """Cut long text at sentence boundaries inside the token budget instead of anywhere."""
     held_out_fraction: float = 0.1
-    """Share of the documents kept out of training and used for evaluation."""
+    """Share of the text (whole documents) kept out of training and used for evaluation."""
     cache_dir: str = "cache"
     """Folder of tokenised corpora, keyed by content."""
 

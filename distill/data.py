@@ -27,7 +27,7 @@ from distill.packing import IGNORE, Cutter, Row, Rows, build_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "IGNORE",
@@ -35,7 +35,6 @@ __all__ = [
     "MicroBatch",
     "Row",
     "Rows",
-    "check_seq_len",
     "load_rows",
     "num_valid_tokens",
     "sequential_microbatches",
@@ -69,23 +68,6 @@ class MicroBatch:
 def num_valid_tokens(microbatches: Iterable[MicroBatch]) -> int:
     """Return the number of labels in all micro-batches together."""
     return sum(microbatch.num_valid_tokens for microbatch in microbatches)
-
-
-def check_seq_len(seq_len: int, config: PreTrainedConfig, which: str) -> None:
-    """Refuse rows longer than a model has positions for.
-
-    Args:
-        seq_len: `data.seq_len`.
-        config: the model's configuration.
-        which: whose it is, for the message: "teacher" or "student".
-    Raises:
-        ConfigError: `seq_len` exceeds max_position_embeddings.
-    """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise ConfigError(
-            f"data.seq_len={seq_len} exceeds max_position_embeddings={limit} of the {which}; use at most {limit}"
-        )
 
 
 def load_rows(

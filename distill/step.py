@@ -34,7 +34,13 @@ from parallel.pipeline.stage import ForwardStage, TrainStage
 def head_of(stage: StageModel) -> Head:
     """Return the output head of a last stage as the losses take it."""
     head = stage.head
-    return Head(head.weight, head.bias, scale=stage.transform.scale, softcap=stage.transform.softcap)
+    return Head(
+        head.weight,
+        head.bias,
+        scale=stage.transform.scale,
+        softcap=stage.transform.softcap,
+        vocab_size=head.out_features,
+    )
 
 
 def messages(

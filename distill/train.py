@@ -17,9 +17,10 @@ import torch
 from distill.config import Config, ConfigError
 from distill.deploy.export import export_student, model_card
 from distill.evaluate import Quality, evaluate, num_parameters
+from distill.loading import DTYPES
 from distill.metrics import RunLog, StepMetrics
 from distill.runfolder import read_summary
-from distill.session import DTYPES, Session, open_session
+from distill.session import Session, open_session
 from distill.step import StepStats
 from distill.stop import Stop
 from distill.timeline import write_timeline

@@ -164,8 +164,9 @@ class _LinearFunction(torch.autograd.Function):
         sink: WeightGradients,
         region: _Region | None,
     ) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.bias, ctx.sink, ctx.region = bias, sink, region
+        ctx.save_for_backward(x if weight.requires_grad else None)
+        # Not a saved tensor: checkpointing hands back a detached copy of those, and gradients would go to the copy.
+        ctx.weight, ctx.bias, ctx.sink, ctx.region = weight, bias, sink, region
         if reduce_axis.size == 1:
             return F.linear(x, weight, bias)
         y = F.linear(x, weight)
@@ -174,7 +175,7 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             work = partial(_accumulate_linear, weight, ctx.bias, x, grad)

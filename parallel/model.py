@@ -216,7 +216,7 @@ def build_stage(
         _probe_logits(stage)
     stage.train(trainable)
     if recompute and trainable:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return stage
 
 

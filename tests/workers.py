@@ -11,10 +11,11 @@ import atexit
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -92,18 +93,26 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
     pipes = [pipe for _, pipe in _pool.workers[:world_size]]
     for rank, pipe in enumerate(pipes):
         pipe.send((fn, args, store, rank, world_size, timeout_s))
-    results: list[Any] = []
+    results: list[Any] = [None] * world_size
     failures: list[str] = []
-    for rank, pipe in enumerate(pipes):
-        # Once a rank has failed its peers hang in a collective: do not wait for them.
-        if not pipe.poll(5 if failures else timeout_s):
-            failures.append(f"rank {rank}: no answer")
-            continue
-        ok, value = pipe.recv()
-        if ok:
-            results.append(value)
-        else:
-            failures.append(f"rank {rank}:\n{value}")
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        # Once a rank has failed its peers hang in a collective: give them a moment to say more, no longer.
+        ready = wait(waiting, timeout=2 if failures else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            failures += [f"rank {rank}: no answer" for rank in waiting.values()]
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, "the process died"
+            if ok:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank}:\n{value}")
     if failures:
         _pool.kill()
         raise WorkerError("\n".join(failures))

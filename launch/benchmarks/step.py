@@ -41,7 +41,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from distill.config import Config, ConfigError, Data, Loss, MeshShape, Train
 from distill.data import IGNORE, MicroBatch
-from distill.session import load_stage, make_training_plan
+from distill.loading import load_stage
+from distill.session import make_training_plan
 from distill.step import DistillationStep, messages
 from launch.benchmarks.loss import forget_peak, status_bytes
 from parallel.mesh import Mesh

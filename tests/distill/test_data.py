@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
 
 from distill.config import ConfigError, Data
 from distill.data import (
@@ -13,7 +12,6 @@ from distill.data import (
     Batches,
     MicroBatch,
     Rows,
-    check_seq_len,
     load_rows,
     num_valid_tokens,
     sequential_microbatches,
@@ -129,16 +127,6 @@ def test_padding_rows_look_like_padding(rows: Rows) -> None:
     assert blank.input_ids_BS[1].tolist() == [EOS] * 32
     assert blank.position_ids_BS[1].tolist() == list(range(32))
     assert blank.labels_BS[1].tolist() == [IGNORE] * 32
-
-
-def test_rows_longer_than_the_models_positions_are_refused() -> None:
-    check_seq_len(64, LlamaConfig(max_position_embeddings=64), "teacher")
-    with pytest.raises(
-        ConfigError, match=r"data\.seq_len=65 exceeds max_position_embeddings=64 of the teacher"
-    ):
-        check_seq_len(65, LlamaConfig(max_position_embeddings=64), "teacher")
-    with pytest.raises(ConfigError, match="of the student; use at most 64"):
-        check_seq_len(65, GPT2Config(n_positions=64), "student")
 
 
 def _data(folder: Path, **settings: object) -> Data:

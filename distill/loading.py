@@ -1,0 +1,165 @@
+"""What a run reads: where the models are, this rank's stages of them, and the rows of the corpus.
+
+Decides that rank 0 fetches and tokenises while the others wait, that a mistake it finds is raised on every rank, and that
+what configs alone can show is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PretrainedConfig
+
+from distill.checks import check_models
+from distill.config import Config, ConfigError
+from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.pretrained import load_config, load_tokenizer, resolve_model
+from distill.shape import resolve_shape
+from parallel.collectives import broadcast_object
+from parallel.mesh import Mesh
+from parallel.model import StageModel, build_stage
+from parallel.plan import UnsupportedModel
+from parallel.weights import WeightsError, load_weights
+
+T = TypeVar("T")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def first_rank_does(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its picklable result on every rank; its ConfigError is raised on every rank.
+
+    Collectives: one broadcast over the world.
+    """
+    outcome: tuple[bool, T | str] | None = None
+    if mesh.world.is_first:
+        try:
+            outcome = (True, work())
+        except ConfigError as error:
+            outcome = (False, str(error))
+    ok, value = broadcast_object(outcome, mesh.world)
+    if not ok:
+        raise ConfigError(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models are and what they look like, before weights are read."""
+
+    teacher_folder: Path
+    teacher_config: PretrainedConfig
+    student_folder: Path
+    """For a student that is still to be pruned: where it will be."""
+    needs_pruning: bool
+
+
+def find_models(config: Config, mesh: Mesh) -> Models:
+    """Fetch what is named, and check everything that configs alone can show.
+
+    Raises:
+        ConfigError: a model that is not there or does not fit.
+    Collectives: broadcasts over the world.
+    """
+    cache = Path(config.data.cache_dir)
+    trust = config.teacher.trust_remote_code
+
+    def fetch(name: str, key: str) -> Path:
+        return first_rank_does(
+            mesh, lambda: resolve_model(name, cache_dir=cache, trust_remote_code=trust, key=key)
+        )
+
+    teacher_folder = fetch(config.teacher.model, "teacher.model")
+    teacher_config = load_config(teacher_folder, trust_remote_code=trust)
+    if config.student.model is not None:
+        student_folder = fetch(config.student.model, "student.model")
+        student_config = load_config(student_folder, trust_remote_code=trust, key="student.model")
+        check_models(config, teacher_config, student_config)
+        return Models(teacher_folder, teacher_config, student_folder, needs_pruning=False)
+    check_models(config, teacher_config, teacher_config)
+    shape = resolve_shape(teacher_config, config.student.prune, tp=mesh.tp.size)
+    planned = copy.deepcopy(teacher_config)
+    planned.num_hidden_layers = shape.num_layers
+    check_models(config, teacher_config, planned)
+    return Models(teacher_folder, teacher_config, Path(config.run.dir) / "pruned", needs_pruning=True)
+
+
+def load_stage(
+    folder: Path, model_config: PretrainedConfig, config: Config, mesh: Mesh, *, trainable: bool, key: str
+) -> StageModel:
+    """Build this rank's stage of a model and read its weights.
+
+    Raises:
+        ConfigError: the family or the files do not fit.
+    """
+    try:
+        stage = build_stage(
+            model_config,
+            pp=mesh.pp,
+            tp=mesh.tp,
+            device=mesh.device,
+            dtype=DTYPES[config.train.dtype],
+            trainable=trainable,
+            num_slices=1 if trainable else config.pipeline.slices,
+            recompute=trainable and config.train.recompute,
+        )
+        load_weights(stage, folder)
+    except (UnsupportedModel, WeightsError) as error:
+        raise ConfigError(f"{key}={folder}: {error}") from error
+    return stage
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The rows to train on, calibrate with and judge by."""
+
+    train: Rows
+    held_out: Rows
+
+    def calibration(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
+        """Return this replica's calibration micro-batches."""
+        return self._sequence(self.train, config.student.prune.calibration_rows, config, mesh)
+
+    def judging(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
+        """Return this replica's held-out micro-batches."""
+        return self._sequence(self.held_out, config.evaluate.rows, config, mesh)
+
+    @staticmethod
+    def _sequence(rows: Rows, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
+        batches = sequential_microbatches(
+            rows,
+            microbatch_size=config.train.microbatch_size,
+            num_rows=min(num_rows, len(rows)),
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+        )
+        return [batch.to(mesh.device) for batch in batches]
+
+
+def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
+    """Tokenise the corpus on rank 0 (or find it in the cache) and open it on every rank.
+
+    Raises:
+        ConfigError: no usable text.
+    Collectives: broadcasts over the world.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.teacher.trust_remote_code)
+
+    def rows(part: str, *, show_progress: bool) -> Rows:
+        cache = Path(config.data.cache_dir) / "corpora"
+        return load_rows(
+            config.data,
+            tokenizer,
+            part=part,
+            seed=config.train.seed,
+            cache_dir=cache,
+            show_progress=show_progress,
+        )
+
+    parts = ("train", "held_out")
+    first_rank_does(mesh, lambda: [len(rows(part, show_progress=True)) for part in parts])
+    return Corpus(*(rows(part, show_progress=False) for part in parts))
