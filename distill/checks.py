@@ -56,6 +56,7 @@ _WORDS = {
     "loss.kind": ("forward_kl",),
     "pipeline.schedule": ("gpipe", "1f1b"),
     "pipeline.teacher": ("inline", "batch"),
+    "train.recompute": ("none", "selective", "full"),
     "train.dtype": ("bfloat16", "float32", "float64"),
     "optimizer.engine": ("torch",),
     "optimizer.schedule": ("cosine", "linear", "constant"),
@@ -182,8 +183,6 @@ def _check_values(flat: dict[str, Any]) -> None:
         if value in _LATER.get(key, ()):
             raise ConfigError(f"{key}={value} is not built yet; use {either(words)}")
         raise ConfigError(f"{key}={value} is not known; use {either(words)}")
-    if flat["train.compile"]:
-        raise ConfigError("train.compile=true is not built yet; use false")
     for key in _POSITIVE:
         if flat[key] is not None and not 0 < flat[key] < math.inf:
             raise ConfigError(f"{key}={flat[key]} must be greater than 0")
@@ -211,6 +210,9 @@ def _check_related(flat: dict[str, Any]) -> None:
             f"pipeline.virtual_stages={flat['pipeline.virtual_stages']} needs the interleaved schedule, "
             "which is not built yet; use 1"
         )
+    for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
+        if flat[key] is not None and (not flat[key] or min(flat[key]) < 1):
+            raise ConfigError(f"{key}={show(flat[key])} must be 1 or more for each stage, or null")
     if flat["optimizer.warmup_steps"] > flat["train.steps"]:
         raise ConfigError(
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']} is more than train.steps={flat['train.steps']}; "

@@ -86,6 +86,10 @@ class Pipeline:
     """Chunks of layers a rank holds; 1 until the interleaved schedule exists."""
     slices: int = 1
     """Pieces a stage's teacher forward is cut into."""
+    student_layers: tuple[int, ...] | None = None
+    """Layers of the student on each stage; null evens out the work."""
+    teacher_layers: tuple[int, ...] | None = None
+    """Layers of the teacher on each stage; null evens out the work."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,10 @@ class Train:
     """Seed of the order of the data and of every random number."""
     dtype: str = "bfloat16"
     """Type of weights and activations in the forward pass: `bfloat16`, `float32` or `float64`."""
-    recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    recompute: str = "none"
+    """What backward computes again instead of keeping: `none`, `selective` (all but the linears) or `full` (each layer)."""
     compile: bool = False
-    """Run the stages through torch.compile."""
+    """Run what lies between the parallel layers through torch.compile (on a CPU it needs a C++ compiler)."""
     timeout_s: float = 600.0
     """Seconds a rank waits for another before the run is ended."""
 

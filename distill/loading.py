@@ -6,8 +6,7 @@ what configs alone can show is refused before weights are read.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,11 +14,12 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from distill.balance import Split, split_models
 from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.pretrained import load_config, load_tokenizer, resolve_model
-from distill.shape import resolve_shape
+from distill.shape import planned_config, resolve_shape
 from parallel.collectives import broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel, build_stage
@@ -56,6 +56,7 @@ class Models:
     student_folder: Path
     """For a student that is still to be pruned: where it will be."""
     needs_pruning: bool
+    split: Split
 
 
 def find_models(config: Config, mesh: Mesh) -> Models:
@@ -78,21 +79,37 @@ def find_models(config: Config, mesh: Mesh) -> Models:
     if config.student.model is not None:
         student_folder = fetch(config.student.model, "student.model")
         student_config = load_config(student_folder, trust_remote_code=trust, key="student.model")
-        check_models(config, teacher_config, student_config)
-        return Models(teacher_folder, teacher_config, student_folder, needs_pruning=False)
-    check_models(config, teacher_config, teacher_config)
-    shape = resolve_shape(teacher_config, config.student.prune, tp=mesh.tp.size)
-    planned = copy.deepcopy(teacher_config)
-    planned.num_hidden_layers = shape.num_layers
-    check_models(config, teacher_config, planned)
-    return Models(teacher_folder, teacher_config, Path(config.run.dir) / "pruned", needs_pruning=True)
+        needs_pruning = False
+    else:
+        check_models(config, teacher_config, teacher_config)
+        student_folder = Path(config.run.dir) / "pruned"
+        student_config = planned_config(
+            teacher_config, resolve_shape(teacher_config, config.student.prune, tp=mesh.tp.size)
+        )
+        needs_pruning = True
+    check_models(config, teacher_config, student_config)
+    try:
+        split = split_models(config, teacher_config, student_config)
+    except UnsupportedModel as error:
+        raise ConfigError(f"teacher.model={config.teacher.model}: {error}") from error
+    return Models(teacher_folder, teacher_config, student_folder, needs_pruning, split)
 
 
 def load_stage(
-    folder: Path, model_config: PretrainedConfig, config: Config, mesh: Mesh, *, trainable: bool, key: str
+    folder: Path,
+    model_config: PretrainedConfig,
+    config: Config,
+    mesh: Mesh,
+    *,
+    trainable: bool,
+    key: str,
+    layers: Sequence[range] | None = None,
 ) -> StageModel:
     """Build this rank's stage of a model and read its weights.
 
+    Args:
+        key: the setting that names the model, for messages.
+        layers: of each stage; by default as many on each.
     Raises:
         ConfigError: the family or the files do not fit.
     """
@@ -101,16 +118,57 @@ def load_stage(
             model_config,
             pp=mesh.pp,
             tp=mesh.tp,
+            owned=None if layers is None else layers[mesh.pp.rank],
             device=mesh.device,
             dtype=DTYPES[config.train.dtype],
             trainable=trainable,
             num_slices=1 if trainable else config.pipeline.slices,
-            recompute=trainable and config.train.recompute,
+            recompute=config.train.recompute,
+            compile_layers=config.train.compile,
         )
         load_weights(stage, folder)
     except (UnsupportedModel, WeightsError) as error:
         raise ConfigError(f"{key}={folder}: {error}") from error
     return stage
+
+
+def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
+    """Load this rank's stage of the teacher, frozen.
+
+    Raises:
+        ConfigError: the family or the files do not fit.
+    """
+    return load_stage(
+        models.teacher_folder,
+        models.teacher_config,
+        config,
+        mesh,
+        trainable=False,
+        key="teacher.model",
+        layers=models.split.teacher,
+    )
+
+
+def load_student(
+    config: Config, mesh: Mesh, models: Models, *, trainable: bool
+) -> tuple[StageModel, PretrainedConfig]:
+    """Load this rank's stage of the student, which is there by now; return it with the whole model's config.
+
+    Raises:
+        ConfigError: the family or the files do not fit.
+    """
+    student_config = load_config(models.student_folder, key="student.model")
+    check_models(config, models.teacher_config, student_config)
+    stage = load_stage(
+        models.student_folder,
+        student_config,
+        config,
+        mesh,
+        trainable=trainable,
+        key="student.model",
+        layers=models.split.student,
+    )
+    return stage, student_config
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ from distill.runfolder import (
     SUMMARY_FILE,
     cut_lines,
     write_config,
+    write_lines,
     write_whole,
 )
 
 CURVE_FILE = "curve.svg"
+_JUDGEMENT = ("step", "round", "model")
+"""What tells one line of `evaluations.jsonl` from another."""
 _NAMES = {
     "step": "step",
     "round": "round",
@@ -157,9 +160,10 @@ class RunLog:
         if self._metrics is None:
             return
         line = {"step": step, "round": round, "model": model, **{k: _finite(v) for k, v in values.items()}}
-        self.evaluations.append(line)
-        with (self._folder / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        # A run that was killed between a judgement and the next checkpoint judges the same once more.
+        others = (old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT))
+        self.evaluations = [*others, line]
+        write_lines(self._folder / EVALUATIONS_FILE, self.evaluations)
         self._to_wandb({f"{model}/{name}": line[name] for name in values}, step=step)
         shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
         self.say(f"held-out text, {model} after step {step}: {shown}")

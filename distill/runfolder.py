@@ -1,14 +1,16 @@
 """The run's folder: which config it belongs to, and its line files when a run goes on.
 
-Decides: a folder belongs to the settings in its `config.yaml`; another run may continue in it only if everything
-that shapes the result is the same. `MAY_CHANGE` lists what does not: how long, how watched, and how executed. When a run
-goes on from step N, lines after N are dropped, so that there is one line a step. Assumes that one rank writes.
+Decides: a folder belongs to the settings in its `config.yaml` from the first thing on that a run has made in it; another
+run may continue there only if everything that shapes the result is the same. `MAY_CHANGE` lists what does not: how long,
+how watched, and how executed. The settings are written before anything is made, so a killed run leaves nothing of unknown
+settings, and a run that is refused leaves nothing that binds the next. When a run goes on from step N, lines after N are dropped, so that there is one line a step. Assumes that one rank writes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SUMMARY_FILE = "summary.json"
+_MADE = ("pruned", METRICS_FILE, "checkpoints", "student")
+"""What a run makes out of its settings."""
 
 MAY_CHANGE = (
     "train.steps",  # the learning rate's schedule is then laid over the new number
@@ -43,14 +47,20 @@ def check_run_folder(config: Config) -> None:
     Every rank may ask this on its own, before any of them writes: a folder that rank 0 has already made for this run passes.
 
     Raises:
-        ConfigError: `run.dir` is a file, holds a run with other settings, or one that is not to be continued.
+        ConfigError: `run.dir` is a file, holds a run with other settings or one that is not to be continued, or models
+            or numbers that no run of this command made.
     """
     folder = Path(config.run.dir or ".")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={folder} is a file; use a folder")
+    made = [name for name in _MADE if (folder / name).is_dir() or _has_content(folder / name)]
+    if not made:
+        return
     file = folder / CONFIG_FILE
     if not file.is_file():
-        return
+        raise ConfigError(
+            f"run.dir={folder} holds {made[0]} but no {CONFIG_FILE}, so it is not the folder of a run; use another run.dir"
+        )
     differing = _differing_keys(file, config)
     if differing:
         key, theirs, ours = differing[0]
@@ -66,12 +76,25 @@ def check_run_folder(config: Config) -> None:
         )
 
 
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
 def write_config(config: Config) -> None:
-    """Make the run's folder and write its settings; the settings that may change are those of the latest run."""
+    """Make the run's folder and write its settings; the settings that may change are those of the latest run.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
     folder = Path(config.run.dir or ".")
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=110)
-    write_whole(folder / CONFIG_FILE, f"# The settings of this run, everything filled in.\n{text}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG_FILE, f"# The settings of this run, everything filled in.\n{text}")
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written ({error.strerror}); use another run.dir"
+        ) from error
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -108,8 +131,13 @@ def cut_lines(file: Path, *, last_step: int) -> list[dict[str, Any]]:
     """Drop the lines after a step from a JSON lines file, and return the others."""
     kept = read_lines(file, last_step=last_step)
     if file.is_file():
-        write_whole(file, "".join(json.dumps(values) + "\n" for values in kept))
+        write_lines(file, kept)
     return kept
+
+
+def write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write a whole JSON lines file."""
+    write_whole(file, "".join(json.dumps(values) + "\n" for values in lines))
 
 
 def write_whole(file: Path, text: str) -> None:

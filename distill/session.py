@@ -12,12 +12,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from distill.checks import check_models
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
-from distill.loading import Corpus, Models, find_models, load_corpus, load_stage
-from distill.pretrained import load_config
+from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
@@ -88,15 +86,9 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
     )
-    teacher = load_stage(
-        models.teacher_folder, models.teacher_config, config, mesh, trainable=False, key="teacher.model"
-    )
+    teacher = load_teacher(config, mesh, models)
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
-    student_config = load_config(models.student_folder, key="student.model")
-    check_models(config, models.teacher_config, student_config)
-    student = load_stage(
-        models.student_folder, student_config, config, mesh, trainable=True, key="student.model"
-    )
+    student, student_config = load_student(config, mesh, models, trainable=True)
     optimizer = StageOptimizer.of_stage(student, mesh, _adamw(config), _learning_rate(config))
     plan = make_training_plan(config)
     rows, seq_len = config.train.microbatch_size, config.data.seq_len
@@ -169,9 +161,7 @@ def make_student(config: Config, mesh: Mesh) -> Path:
     """
     models = replace(find_models(config, mesh), student_folder=Path(config.run.dir) / "student")
     corpus = load_corpus(config, mesh, models.teacher_folder)
-    teacher = load_stage(
-        models.teacher_folder, models.teacher_config, config, mesh, trainable=False, key="teacher.model"
-    )
+    teacher = load_teacher(config, mesh, models)
     prune_for(config, mesh, models, corpus, teacher)
     return models.student_folder
 
@@ -185,13 +175,8 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
     """
     models = find_models(config, mesh)
     corpus = load_corpus(config, mesh, models.teacher_folder)
-    student_config = load_config(models.student_folder, key="student.model")
-    teacher = load_stage(
-        models.teacher_folder, models.teacher_config, config, mesh, trainable=False, key="teacher.model"
-    )
-    student = load_stage(
-        models.student_folder, student_config, config, mesh, trainable=False, key="student.model"
-    )
+    teacher = load_teacher(config, mesh, models)
+    student, _ = load_student(config, mesh, models, trainable=False)
     traffic = messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
     links = Links(mesh, {kind: traffic[kind] for kind in (Kind.F, Kind.K)})
     judging = corpus.judging(config, mesh)

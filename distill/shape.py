@@ -271,6 +271,23 @@ def student_config(config: PretrainedConfig, kept: Kept) -> PretrainedConfig:
     return student
 
 
+def planned_config(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
+    """Return the config of a student of this shape before it is known which units it keeps.
+
+    Raises:
+        ConfigError: as `student_config`.
+    """
+    # Which units does not matter for sizes; these are as good as any.
+    layers = shape.layers or tuple(range(shape.num_layers))
+    kept = Kept(
+        hidden=torch.arange(shape.hidden_size),
+        ffn={layer: torch.arange(shape.intermediate_size) for layer in layers},
+        groups={layer: torch.arange(shape.num_key_value_heads) for layer in layers},
+        layers=layers,
+    )
+    return student_config(config, kept)
+
+
 def _check_parameters(teacher: PreTrainedModel, student: PreTrainedModel, sizes: Sizes, kept: Kept) -> None:
     expected = {
         new_name: cut_shape(layout_of(name, tuple(parameter.shape), sizes), sizes, kept)

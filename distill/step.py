@@ -20,7 +20,7 @@ from distill.config import Loss
 from distill.data import MicroBatch
 from distill.losses import Head, fused_distillation_loss
 from parallel.collectives import all_reduce_
-from parallel.layers import grad_target
+from parallel.gradients import grad_target
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import StageOptimizer
@@ -113,7 +113,7 @@ class DistillationStep:
         self.student_model, self.teacher_model = student, teacher
         self.student = TrainStage(student)
         self.teacher = ForwardStage(teacher) if teacher is not None else None
-        self.actions = plan.ranks[mesh.pp.rank]
+        self.actions, self.num_microbatches = plan.ranks[mesh.pp.rank], plan.shape.num_microbatches
         self._whole = whole_backwards(self.actions)
         self._student_hidden: dict[int, Tensor] = {}
         self._signals: dict[int, Tensor] = {}
@@ -136,6 +136,7 @@ class DistillationStep:
 
         Collectives: all-reduce of the token count over dp; those of the plan; all-reduce of the statistics over the world.
         """
+        assert len(microbatches) == self.num_microbatches, (len(microbatches), self.num_microbatches)
         start_s = time.perf_counter()
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._now = _Progress(
@@ -153,7 +154,7 @@ class DistillationStep:
     def _count_tokens(self, microbatches: Sequence[MicroBatch]) -> int:
         count = torch.tensor(sum(batch.num_valid_tokens for batch in microbatches), device=self.mesh.device)
         all_reduce_(count, self.mesh.dp)
-        return max(1, int(count))
+        return int(count)
 
     def _forward(self, action: Action) -> None:
         microbatch = action.microbatch
@@ -195,7 +196,7 @@ class DistillationStep:
             kind=self.loss.kind,
             temperature=self.loss.temperature,
             alpha=self.loss.alpha,
-            num_valid_tokens=self._now.num_valid_tokens,
+            num_valid_tokens=max(1, self._now.num_valid_tokens),
             tp=self.mesh.tp,
             grad_weight_out_VD=grad_target(head.weight) if trains else None,
             grad_bias_out_V=grad_target(head.bias) if trains and head.bias is not None else None,

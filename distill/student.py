@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from distill.config import Config
+from distill.config import Config, ConfigError
 from distill.data import IGNORE, MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
@@ -17,7 +17,7 @@ from distill.prune import choose, prune_checkpoint
 from distill.scores import Scores
 from distill.shape import resolve_shape
 from distill.structure import Sizes
-from parallel.collectives import barrier
+from parallel.collectives import barrier, broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.p2p import Links
@@ -69,15 +69,21 @@ def prune_teacher(
         Seconds it took (0 for a folder that was there).
     Raises:
         ConfigError: the shape asked for cannot be had.
-    Collectives: those of `score_teacher`; barriers over the world.
+    Collectives: a broadcast over the world, those of `score_teacher`, a barrier over the world.
     """
     start_s = time.perf_counter()
-    barrier(mesh.world)
-    if target.exists():
+    # Rank 0 looks for all: what the others see of a shared folder may lag behind.
+    if broadcast_object(target.exists() if mesh.world.is_first else None, mesh.world):
         return 0.0
     prune = config.student.prune
     shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
-    scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
+    try:
+        scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
+    except ValueError as error:
+        raise ConfigError(
+            f"teacher.model={config.teacher.model}: {error}; its weights hold NaN or infinity, or overflow in "
+            f"train.dtype={config.train.dtype}; use another model or a wider dtype"
+        ) from error
     if mesh.world.is_first:
         kept = choose(scores, teacher_config, shape)
         target.parent.mkdir(parents=True, exist_ok=True)

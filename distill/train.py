@@ -6,6 +6,7 @@ small all-reduce (the request and the peak of memory). Steps are counted from 1 
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from distill.deploy.export import export_student, model_card
 from distill.evaluate import Quality, evaluate, num_parameters
 from distill.loading import DTYPES
 from distill.metrics import RunLog, StepMetrics
-from distill.runfolder import read_summary
+from distill.runfolder import read_summary, write_config
 from distill.session import Session, open_session
 from distill.step import StepStats
 from distill.stop import Stop
@@ -56,18 +57,26 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     ended = broadcast_object(read_summary(folder), mesh.world)
     if ended and ended.get("finished") and ended["metrics"].get("step") == config.train.steps:
         return ended
+    if mesh.world.is_first:
+        # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
+        write_config(config)
     session = open_session(config, mesh)
     state = _resume(config, mesh, session, folder)
     total_steps = config.train.steps
     with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log:
         stop.call_before_kill(log.save_buffers)
         _say_start(log, config, session, state)
-        if state.step == 0:
-            _judge(log, mesh, session, step=0, who="teacher")
-            _judge(log, mesh, session, step=0, who="student")
+        # A run that goes on from another run's checkpoint has judged nothing either.
+        if state.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
+            for who in ("teacher", "student"):
+                _check_finite(config, who, _judge(log, mesh, session, step=state.step, who=who))
         while state.step < total_steps:
             microbatches = [batch.to(mesh.device) for batch in session.batches.step(state.step)]
-            stats = session.step(state.step, microbatches)
+            try:
+                stats = session.step(state.step, microbatches)
+            except Exception as error:
+                error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
+                raise
             state.step += 1
             state.tokens += stats.num_valid_tokens
             stopping, peak_bytes = _agree(mesh, stop)
@@ -94,11 +103,12 @@ def _is_due(every: int, step: int) -> bool:
 
 def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _State:
     """Load the checkpoint that `checkpoint.resume` names, if there is one."""
-    choice = config.checkpoint.resume
+    choice, root = config.checkpoint.resume, folder / "checkpoints"
     if choice == "none":
         found = None
-    elif choice == "auto":
-        found = checkpoint.latest(folder / "checkpoints", mesh)
+    elif choice == "auto" or Path(choice).resolve().parent != root.resolve():
+        # With another run's checkpoint this run only begins: the same command goes on from its own, once it has one.
+        found = checkpoint.latest(root, mesh) or (None if choice == "auto" else Path(choice))
     else:
         found = Path(choice)
     if found is None:
@@ -107,6 +117,7 @@ def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _Stat
         manifest = checkpoint.restore(found, session.optimizer, mesh)
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
+    checkpoint.drop_after(root, manifest.step, mesh)
     return _State(step=manifest.step, tokens=manifest.extras["tokens"], prune_s=manifest.extras["prune_s"])
 
 
@@ -160,6 +171,20 @@ def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) ->
     return quality
 
 
+def _check_finite(config: Config, who: str, quality: Quality) -> None:
+    """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
+    if math.isfinite(quality.loss) and math.isfinite(quality.kl):
+        return
+    is_ready = who == "student" and config.student.model is not None
+    key, name = (
+        ("student.model", config.student.model) if is_ready else ("teacher.model", config.teacher.model)
+    )
+    raise ConfigError(
+        f"{key}={name}: the {who}'s loss on the held-out text is {quality.loss}, its KL {quality.kl}; its weights hold "
+        f"NaN or infinity, or overflow in train.dtype={config.train.dtype}; use another model or a wider dtype"
+    )
+
+
 def _say_start(log: RunLog, config: Config, session: Session, state: _State) -> None:
     rows = len(session.corpus.train)
     log.say(
@@ -179,7 +204,7 @@ def _finish(
     summary: dict[str, Any] = {}
     if mesh.world.is_first:
         tokens = log.steps[-1]["tokens"] if log.steps else 0
-        summary = {"finished": True, "tokens": tokens, "table": _table(log, sizes, state.prune_s)}
+        summary = {"finished": True, "tokens": tokens, "table": _table(log, config, sizes, state.prune_s)}
         summary |= {
             "student": str(folder / STUDENT_FOLDER),
             "parameters": dict(zip(("teacher", "student"), sizes)),
@@ -197,16 +222,18 @@ def _finish(
     return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _table(log: RunLog, sizes: list[int], prune_s: float) -> list[dict[str, Any]]:
-    """Return the rows teacher, student as it started, student as it ended."""
+def _table(log: RunLog, config: Config, sizes: list[int], prune_s: float) -> list[dict[str, Any]]:
+    """Return the rows teacher, student as it started, student as it ended.
+
+    The middle one is left out when this folder's run did not begin at the first step.
+    """
     judged = log.evaluations
     teacher = next(line for line in judged if line["model"] == "teacher")
     students = [line for line in judged if line["model"] == "student"]
-    named = (
-        ("teacher", teacher, 0.0),
-        ("pruned", students[0], prune_s),
-        ("pruned + distilled", students[-1], prune_s),
-    )
+    start = "pruned" if config.student.model is None else "student"
+    named = [("teacher", teacher, 0.0), (f"{start} + distilled", students[-1], prune_s)]
+    if students[0]["step"] == 0:
+        named.insert(1, (start, students[0], prune_s))
     return [
         {
             "model": name,

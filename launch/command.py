@@ -1,13 +1,15 @@
 """What every command does around its work: read the settings, refuse mistakes in one line, join the ranks.
 
 Decides: mistakes that the settings alone show are refused by every rank on its own, before torch is imported and
-before any rank waits for another; rank 0 prints one line and all leave with the same exit code. Does not know what the
-commands do.
+before any rank waits for another; rank 0 prints one line and all leave with the same exit code. The others let it leave
+first: torchrun ends all ranks as soon as one has failed, said or not. Does not know what the commands do.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +24,9 @@ from launch.signals import listen
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
+
+RANK_0_SPEAKS_S = 5.0
+"""How long another rank waits with a mistake that the settings alone show; rank 0 has started at the same time."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,17 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
         command.check(config)
         _run(command, config, world)
     except ConfigError as error:
-        say(f"error: {error}", file=sys.stderr, flush=True)
+        if world.rank > 0:
+            _let_rank_0_speak()
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     return 0
+
+
+def _let_rank_0_speak() -> None:
+    """Wait for the end that torchrun brings when rank 0 leaves; one who comes back alone has seen the mistake."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(RANK_0_SPEAKS_S)
 
 
 def _run(command: Command, config: Config, world: World) -> None:

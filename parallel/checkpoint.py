@@ -126,12 +126,27 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    fields = (manifest.step, manifest.layout, manifest.files, manifest.extras)
+    if not all(map(isinstance, fields, (int, dict, dict, dict))):
+        raise CheckpointError(f"{path} cannot be read: step, layout, files or extras has a wrong type")
     for name, size in manifest.files.items():
         file = folder / Path(name).name
-        found = file.stat().st_size if file.exists() else 0
+        found = file.stat().st_size if file.is_file() else 0
         if found != size:
             raise CheckpointError(f"{file} has {found} bytes, its checkpoint says {size}")
     return manifest
+
+
+def drop_after(root: Path, step: int, mesh: Mesh) -> None:
+    """Remove the checkpoints of a run after `step`: it goes on from there on another way.
+
+    Collectives: a barrier over the world.
+    """
+    if mesh.world.is_first:
+        for folder in complete_checkpoints(root):
+            if int(folder.name.removeprefix("step-")) > step:
+                shutil.rmtree(folder)
+    barrier(mesh.world)
 
 
 def latest(root: Path, mesh: Mesh) -> Path | None:
@@ -140,13 +155,27 @@ def latest(root: Path, mesh: Mesh) -> Path | None:
     return broadcast_object(found[-1] if found else None, mesh.world)
 
 
-@torch.no_grad()
 def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
     """Load this rank's masters and moments, bit for bit, and refresh the parameters.
 
     Raises:
-        CheckpointError: another pp or tp, a broken file, a tensor that is missing, left over or of another shape.
+        CheckpointError: another pp or tp, a broken file, a tensor that is missing, left over or of another shape; a
+            rank whose own file is sound raises another rank's.
+    Collectives: a gather of errors over the world.
     """
+    manifest, found = None, None
+    try:
+        manifest = _load(folder, optimizer, mesh)
+    except CheckpointError as error:
+        found = error
+    errors = [error for error in gather_objects(found, mesh.world) if error is not None]
+    if errors:
+        raise found or errors[0]
+    return manifest
+
+
+@torch.no_grad()
+def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.layout != _layout(mesh):
         wanted, here = (

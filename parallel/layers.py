@@ -12,6 +12,7 @@ Decides how gradients are formed, because the schedule needs the two halves of a
   so `torch.autograd.grad` with respect to a weight returns nothing. While the shared all-reduce travels, the weight
   gradients of the layers behind it are computed.
 - A frozen weight costs no weight gradient and keeps no activation for it.
+- torch.compile leaves these layers alone (a tracer would drop the weight gradients) and compiles what lies between.
 
 Shards are balanced and unpadded (`collectives.shard_range`): a size that tp does not divide works, and no padding is
 visible in a parameter or an output. At tp size 1 the same code runs without collectives. Sequence parallelism will
@@ -22,8 +23,7 @@ Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,33 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce_, gather_from_tp, shard_range, shard_sizes, split_to_tp
+from parallel.gradients import WeightGradients, accumulate_outer_, grad_target
 from parallel.mesh import Axis
+from parallel.recompute import OutputCache
 
 SINGLE = Axis("tp")
-
-
-class WeightGradients:
-    """Runs weight-gradient work at once, or holds it back for a `W` action (zero-bubble schedules)."""
-
-    def __init__(self) -> None:
-        self._held: list[Callable[[], None]] | None = None
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Run `work` now, or keep it when inside `hold()`."""
-        if self._held is None:
-            work()
-        else:
-            self._held.append(work)
-
-    @contextmanager
-    def hold(self) -> Iterator[list[Callable[[], None]]]:
-        """Collect the work submitted inside the block; the caller runs it later, in order."""
-        assert self._held is None, "weight gradients are already held"
-        self._held = []
-        try:
-            yield self._held
-        finally:
-            self._held = None
 
 
 @dataclass(frozen=True)
@@ -76,24 +54,6 @@ class ShardSpec:
         """Return this rank's balanced shard of a dim of length `full`."""
         start, stop = shard_range(full, tp.size, tp.rank)
         return ShardSpec(dim, start, stop, full)
-
-
-def grad_target(parameter: nn.Parameter) -> Tensor:
-    """Return the tensor that gradients of `parameter` are accumulated into: `main_grad`, else `grad` (made if absent)."""
-    main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is not None:
-        return main_grad
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    return parameter.grad
-
-
-def accumulate_outer_(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left.T @ right to `target`, in one fused call when the dtypes agree."""
-    if target.dtype == left.dtype:
-        target.addmm_(left.t(), right)
-    else:
-        target.add_(left.t() @ right)
 
 
 def _accumulate_linear(
@@ -163,15 +123,20 @@ class _LinearFunction(torch.autograd.Function):
         reduce_axis: Axis,
         sink: WeightGradients,
         region: _Region | None,
+        cache: OutputCache,
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         # Not a saved tensor: checkpointing hands back a detached copy of those, and gradients would go to the copy.
         ctx.weight, ctx.bias, ctx.sink, ctx.region = weight, bias, sink, region
-        if reduce_axis.size == 1:
-            return F.linear(x, weight, bias)
-        y = F.linear(x, weight)
-        all_reduce_(y, reduce_axis)
-        return y if bias is None else y.add_(bias)
+
+        def compute() -> Tensor:
+            if reduce_axis.size == 1:
+                return F.linear(x, weight, bias)
+            y = F.linear(x, weight)
+            all_reduce_(y, reduce_axis)
+            return y if bias is None else y.add_(bias)
+
+        return cache.output(compute)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,7 +148,7 @@ class _LinearFunction(torch.autograd.Function):
                 ctx.region.pending.append((ctx.sink, work))
             else:
                 ctx.sink.submit(work)
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None
 
 
 def _uniform_(weight: Tensor, bias: Tensor | None, fan_in: int) -> None:
@@ -225,6 +190,7 @@ class ColumnParallelLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.gather_output = tp, gather_output
         self.weight_gradients = weight_gradients or WeightGradients()
+        self.output_cache = OutputCache()
         shard = ShardSpec.of(0, out_features, tp)
         rows = shard.stop - shard.start
         self.shards = {"weight": shard, "bias": shard}
@@ -236,10 +202,13 @@ class ColumnParallelLinear(nn.Module):
         """Draw weight and bias as `nn.Linear` does (uniform, from the global fan-in)."""
         _uniform_(self.weight, self.bias, self.in_features)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to [.., in]."""
         x, region = _enter_region(x, self.tp)
-        y = _LinearFunction.apply(x, self.weight, self.bias, SINGLE, self.weight_gradients, region)
+        y = _LinearFunction.apply(
+            x, self.weight, self.bias, SINGLE, self.weight_gradients, region, self.output_cache
+        )
         if self.gather_output:
             y = gather_from_tp(y, self.tp, shard_sizes(self.out_features, self.tp.size))
         return y
@@ -281,6 +250,7 @@ class RowParallelLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.input_is_parallel = tp, input_is_parallel
         self.weight_gradients = weight_gradients or WeightGradients()
+        self.output_cache = OutputCache()
         shard = ShardSpec.of(1, in_features, tp)
         self.shards = {"weight": shard}
         self.weight = nn.Parameter(
@@ -293,11 +263,14 @@ class RowParallelLinear(nn.Module):
         """Draw weight and bias as `nn.Linear` does (uniform, from the global fan-in)."""
         _uniform_(self.weight, self.bias, self.in_features)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to [.., in/tp], or to [.., in] when the input is not parallel."""
         if not self.input_is_parallel:
             x = split_to_tp(x, self.tp, shard_sizes(self.in_features, self.tp.size))
-        return _LinearFunction.apply(x, self.weight, self.bias, self.tp, self.weight_gradients, None)
+        return _LinearFunction.apply(
+            x, self.weight, self.bias, self.tp, self.weight_gradients, None, self.output_cache
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, tp={self.tp.size}, input_is_parallel={self.input_is_parallel}"
@@ -378,6 +351,7 @@ class VocabParallelEmbedding(nn.Module):
         """Draw the rows from a standard normal distribution, as `nn.Embedding` does."""
         nn.init.normal_(self.weight)
 
+    @torch.compiler.disable
     def forward(self, ids: Tensor) -> Tensor:
         """Look up integer ids of any shape."""
         rows = _EmbeddingFunction.apply(ids, self.weight, self)

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from parallel.collectives import shard_range
-from parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, WeightGradients
+from parallel.gradients import WeightGradients
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import Axis
 from parallel.plan import UnsupportedModel, parallelize
+from parallel.probes import LogitsTransform, logits_transform, probe_logits, probe_passthrough
+from parallel.recompute import LinearOutputs, Recompute
 
 
 class SkippedLayer(nn.Module):
@@ -32,20 +35,7 @@ class SkippedLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class LogitsTransform:
-    """How a family turns the head's product z into logits: softcap * tanh(scale * z / softcap), or scale * z."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, product: Tensor) -> Tensor:
-        """Apply the transform to any shape."""
-        logits = product * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-@dataclass(frozen=True)
-class _Names:
+class StageNames:
     """Where a family keeps the parts of its base model, relative to the causal LM."""
 
     base: str
@@ -56,7 +46,12 @@ class _Names:
     head: str
 
 
-def _names(model: PreTrainedModel) -> _Names:
+def stage_names(model: PreTrainedModel) -> StageNames:
+    """Read the names from the pipeline plan that the family publishes.
+
+    Raises:
+        UnsupportedModel: no plan, or one that does not fit the model.
+    """
     plan = model.config.base_model_pp_plan or {}
     keys = list(plan)
     if "layers" not in keys or keys.index("layers") == 0:
@@ -71,7 +66,7 @@ def _names(model: PreTrainedModel) -> _Names:
                 f"{type(model).__name__}: its pipeline plan names {name!r}, its model does not"
             )
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    return _Names(base, keys[0], "layers", tuple(keys[split + 1 :]), head)
+    return StageNames(base, keys[0], "layers", tuple(keys[split + 1 :]), head)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -108,7 +103,7 @@ class StageModel(nn.Module):
         self.causal_lm = model
         self.config = model.config
         self.owned, self.is_first, self.is_last = owned, is_first, is_last
-        self.names = _names(model)
+        self.names = stage_names(model)
         self.weight_gradients = WeightGradients()
         self.full_names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
         self.num_slices = num_slices
@@ -187,7 +182,8 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     trainable: bool = True,
     num_slices: int = 1,
-    recompute: bool = False,
+    recompute: Recompute = "none",
+    compile_layers: bool = False,
 ) -> StageModel:
     """Build this rank's stage of the model, with uninitialised weights.
 
@@ -197,7 +193,8 @@ def build_stage(
         owned: layers of this stage; balanced by default.
         trainable: False freezes the weights and sets eval mode (a teacher).
         num_slices: pieces the stage can be run in.
-        recompute: recompute each layer's activations in backward.
+        recompute: what each layer's backward computes again: `none`, `selective` or `full` (`parallel.recompute`).
+        compile_layers: run each decoder layer through torch.compile (at its first call; needs a C++ compiler on a CPU).
     Raises:
         UnsupportedModel: the family publishes no usable plan, or transforms hidden states or logits in an unknown way.
     """
@@ -210,14 +207,30 @@ def build_stage(
     _fold_embedding_multiplier(stage)
     _materialize(stage, torch.device(device), dtype, trainable)
     stage.prepare_slices()
-    _probe_passthrough(stage)
+    probe_passthrough(stage, SkippedLayer)
     if stage.is_last:
-        stage.transform = _logits_transform(model.config)
-        _probe_logits(stage)
+        stage.transform = logits_transform(model.config)
+        probe_logits(stage)
     stage.train(trainable)
-    if recompute and trainable:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if trainable and recompute != "none":
+        _enable_recompute(stage, recompute)
+    if compile_layers:
+        for layer in stage.layers.values():
+            layer.compile(dynamic=False)
     return stage
+
+
+def _enable_recompute(stage: StageModel, mode: Recompute) -> None:
+    """Make the stage's layers compute their activations again in backward; with `selective` not their linears."""
+    settings: dict[str, object] = {"use_reentrant": False}
+    if mode == "selective":
+        outputs = LinearOutputs()
+        settings["context_fn"] = outputs.contexts
+        for layer in stage.layers.values():
+            for module in layer.modules():
+                if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                    module.output_cache = outputs
+    stage.causal_lm.activation_checkpointing_enable(settings)
 
 
 def _cut(stage: StageModel) -> None:
@@ -265,71 +278,3 @@ def _materialize(stage: StageModel, device: torch.device, dtype: torch.dtype, tr
             stage.causal_lm._init_weights(module)
     if is_tied(stage) and stage.is_first and stage.is_last:
         stage.head.weight = stage.embedding.weight
-
-
-@torch.no_grad()
-def _probe_passthrough(stage: StageModel) -> None:
-    """Check that a stage without layers returns the hidden state it is given (a family may rescale it on entry)."""
-    if stage.is_first:
-        return
-    base, names = stage.base, stage.names
-    owned = {name: getattr(base, name) for name in (names.layers, *names.tail)}
-    parameter = next(stage.parameters())
-    hidden = torch.linspace(
-        -3, 3, 2 * stage.config.hidden_size, device=parameter.device, dtype=parameter.dtype
-    )
-    hidden = hidden.view(1, 2, -1)
-    base._modules.update({name: nn.Identity() for name in names.tail})
-    base._modules[names.layers] = nn.ModuleList(SkippedLayer() for _ in owned[names.layers])
-    try:
-        result = base(
-            inputs_embeds=hidden, position_ids=torch.arange(2, device=hidden.device)[None], use_cache=False
-        )
-    finally:
-        base._modules.update(owned)
-    if not torch.equal(result.last_hidden_state, hidden):
-        raise UnsupportedModel(
-            f"{type(stage.causal_lm).__name__} changes hidden states between stages; use mesh.pp=1 for this family"
-        )
-
-
-def _logits_transform(config: PretrainedConfig) -> LogitsTransform:
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    return LogitsTransform(scale, getattr(config, "final_logit_softcapping", None))
-
-
-class _Returns(nn.Module):
-    """A stub that returns a fixed value whatever it is given."""
-
-    def __init__(self, value: object) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return self.value
-
-
-@torch.no_grad()
-def _probe_logits(stage: StageModel) -> None:
-    """Check `stage.transform` against the family's own forward, with stubs in place of base model and head."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    model, names = stage.causal_lm, stage.names
-    base, head = stage.base, stage.head
-    hidden = torch.zeros(1, 2, stage.config.hidden_size)
-    product = torch.linspace(-80, 80, 2 * stage.config.vocab_size, dtype=torch.float64).view(1, 2, -1)
-    try:
-        model._modules[names.base] = _Returns(BaseModelOutputWithPast(last_hidden_state=hidden))
-        model.set_submodule(names.head, _Returns(product))
-        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
-    finally:
-        model._modules[names.base] = base
-        model.set_submodule(names.head, head)
-    if not torch.allclose(logits.double(), stage.transform(product), rtol=1e-5):
-        raise UnsupportedModel(
-            f"{type(model).__name__} turns the head's output into logits in a way that is not known"
-        )

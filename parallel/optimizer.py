@@ -200,7 +200,7 @@ class StageOptimizer:
         """
         value = norm.item()
         if not math.isfinite(value):
-            raise NonFiniteGradient(f"the gradient norm of step {step} is {value}")
+            raise NonFiniteGradient(f"the gradient norm of step {step + 1} is {value}")
         if self.options.clip and value > self.options.clip:
             self.flat_grad.mul_(self.options.clip / (value + 1e-6))
         rate = self.learning_rate.at(step)

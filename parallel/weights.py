@@ -106,7 +106,10 @@ class WeightFiles:
     def _locate(self) -> dict[str, object]:
         index = self.folder / INDEX
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise WeightsError(f"{index} is no index with a weight_map: {error!r}") from error
         elif (self.folder / SINGLE_FILE).exists():
             names = [SINGLE_FILE]
         else:

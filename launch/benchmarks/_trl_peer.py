@@ -91,7 +91,7 @@ def _settings(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
         "max_steps": job["steps"],
         "per_device_train_batch_size": job["microbatch"],
         "gradient_accumulation_steps": job["rows"] // job["microbatch"],
-        "gradient_checkpointing": job["recompute"],
+        "gradient_checkpointing": job["recompute"] == "full",
         "learning_rate": job["lr"],
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,

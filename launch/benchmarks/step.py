@@ -2,7 +2,10 @@
 
 All sides load the same teacher and student folders, take the same rows in the same micro-batches, minimise the forward
 KL to the teacher alone (TRL's trainers have no hard term), clip to norm 1, and step fused AdamW; one thread each. The
-sides take turns, a step each; that their first losses agree is checked.
+sides take turns, a step each; that their first losses agree is checked. Two settings are compared:
+
+- `full`: every layer is computed again in backward, on both sides (TRL's own default, `gradient_checkpointing`);
+- `selective`: TRL keeps all activations, this project keeps the linears' outputs and computes the rest again.
 
 - `TRL GKDTrainer`: off-policy (lmbda 0, beta 0), the trainer for this task. Its loss has no temperature, so both run at 1.
 - `TRL DistillationTrainer`: chunked loss. It only trains on what the student generates, so it is given the rows in place
@@ -15,8 +18,8 @@ activations, and the loss. The first step is not counted. Reads /proc, so Linux 
 TRL lives in a virtual environment of its own, `.venv-trl`, made here when it is missing.
 
 Options: `teacher`, `student` (folders; by default random ones: SmolLM2-135M's shape, and the same with 0.6 of its FFN
-channels), `rows` (4) in a step, `microbatch` (4), `seq_len` (256), `recompute` (false), `dtype` (float32), `steps` (3),
-`threads` (1), `trainers` (["gkd", "distillation"]).
+channels), `rows` (4) in a step, `microbatch` (4), `seq_len` (512), `recompute` (["full", "selective"]; `none` keeps all on
+both sides), `dtype` (float32), `steps` (3), `threads` (1), `trainers` (["gkd", "distillation"]).
 """
 
 from __future__ import annotations
@@ -68,8 +71,8 @@ class _Job:
     data: str = ""
     rows: int = 4
     microbatch: int = 4
-    seq_len: int = 256
-    recompute: bool = False
+    seq_len: int = 512
+    recompute: str = "selective"
     dtype: str = "float32"
     steps: int = 3
     threads: int = 1
@@ -260,7 +263,7 @@ def _rows(job: _Job, answers: dict[str, list[dict[str, float]]]) -> list[dict[st
         for name, given in answers.items()
     }
     case = f"{job.rows} x {job.seq_len} tokens by {job.microbatch}, T {job.temperature:g}, {job.dtype}"
-    case += ", recompute" if job.recompute else ""
+    case += f", recompute {job.recompute}"
     figures = (
         ("s a token", seconds, _TIME_BOUND),
         ("peak bytes above weights and moments", above, _MEMORY_BOUND),
@@ -289,7 +292,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
         ConfigError: an unknown option or trainer, or rows that the micro-batches do not divide.
     """
     options = dict(options)
-    trainers = options.pop("trainers", list(_PEERS))
+    trainers, modes = options.pop("trainers", list(_PEERS)), options.pop("recompute", ["full", "selective"])
     known = {field.name for field in fields(_Job)} - {"data", "trainer", "lr", "temperature"}
     for name in options:
         if name not in known:
@@ -301,9 +304,15 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     if job.rows % job.microbatch:
         raise ConfigError(f"microbatch={job.microbatch} does not divide rows={job.rows}")
     _make_venv()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         # One step more than is counted, to warm up.
         job = replace(_prepare(job, Path(folder)), steps=job.steps + 1)
+        return [row for mode in modes for row in _compare(replace(job, recompute=mode), trainers)]
+
+
+def _compare(job: _Job, trainers: list[str]) -> list[dict[str, Any]]:
+    """Let all sides take their steps in turn; return their rows."""
+    with ExitStack() as stack:
         sides: dict[str, _Ours | _Trl] = {"ours": _Ours(job)}
         stack.callback(sides["ours"].close)
         for trainer in trainers:

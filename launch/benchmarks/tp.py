@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from parallel.layers import WeightGradients
+from parallel.gradients import WeightGradients
 from parallel.mesh import Mesh
 from parallel.plan import parallelize
 

@@ -49,6 +49,7 @@ class TrainStage:
         self._weight_work[microbatch] = work
         return grad
 
+    @torch.no_grad()
     def backward_weight(self, microbatch: int) -> None:
         """Compute the weight gradients that `backward_input` held."""
         for work in self._weight_work.pop(microbatch):

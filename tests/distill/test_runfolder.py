@@ -22,16 +22,45 @@ def config_in(folder: Path) -> Config:
     return replace(Config(), run=Run(dir=str(folder)), mesh=MeshShape(pp=2, dp=1))
 
 
+def begin(config: Config) -> None:
+    """Do what a run does to its folder first."""
+    write_config(config)
+    (Path(config.run.dir or ".") / "pruned").mkdir()
+
+
 def test_a_new_folder_and_the_same_settings_pass(tmp_path: Path) -> None:
     config = config_in(tmp_path / "run")
     check_run_folder(config)
-    write_config(config)
+    begin(config)
     check_run_folder(config)
+
+
+def test_a_run_that_was_refused_does_not_bind_the_next(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    write_config(config)
+    check_run_folder(replace(config, loss=Loss(temperature=5.0)))
+
+
+@pytest.mark.parametrize("name", ["pruned", "student", "checkpoints"])
+def test_what_no_run_made_is_not_taken_or_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        ConfigError, match=f"holds {name} but no config.yaml, so it is not the folder of a run; use"
+    ):
+        check_run_folder(config_in(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"file/run cannot be written \(Not a directory\); use another run.dir"
+    ):
+        write_config(config_in(tmp_path / "file" / "run"))
 
 
 def test_another_config_is_refused_with_its_key(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    write_config(config)
+    begin(config)
     with pytest.raises(ConfigError) as caught:
         check_run_folder(replace(config, loss=Loss(temperature=5.0)))
     assert str(caught.value) == (
@@ -44,7 +73,7 @@ def test_another_config_is_refused_with_its_key(tmp_path: Path) -> None:
 
 def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    write_config(config)
+    begin(config)
     more = replace(config, train=Train(steps=2000, timeout_s=5.0), log=Log(wandb="disabled"))
     check_run_folder(replace(more, checkpoint=Checkpoint(every=7)))
     with pytest.raises(ConfigError, match="train.seed=0, this one has train.seed=1"):
@@ -64,6 +93,7 @@ def test_a_file_in_place_of_the_folder_or_of_its_settings(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; use a folder"):
         check_run_folder(config_in(tmp_path / "file"))
+    begin(config_in(tmp_path))
     (tmp_path / CONFIG_FILE).write_text("- a list\n")
     with pytest.raises(ConfigError, match="is not the settings of a run"):
         check_run_folder(config_in(tmp_path))

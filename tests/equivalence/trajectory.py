@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.config import Loss
 from distill.data import IGNORE, MicroBatch
-from distill.step import DistillationStep, messages
+from distill.step import DistillationStep, StepStats, messages
 from parallel.mesh import Mesh
 from parallel.model import StageModel, build_stage
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
@@ -45,7 +45,8 @@ class Case:
     student: str
     num_microbatches: int
     slices: int = 1
-    recompute: bool = False
+    recompute: str = "none"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Trajectory:
     losses: list[tuple[float, float, float]]
     norms: list[float]
     parameters: dict[str, Tensor]
+
+
+SINGLE = Case(1, 1, 1, "1f1b", "inline", "tied", 4)
 
 
 def save_models(folder: Path) -> dict[str, str]:
@@ -80,22 +84,11 @@ def batch_of(step: int) -> MicroBatch:
     return MicroBatch(input_ids_BS=ids, position_ids_BS=positions, labels_BS=labels)
 
 
-def _microbatches(step: int, mesh: Mesh, num_microbatches: int) -> list[MicroBatch]:
-    whole = batch_of(step)
-    mine = [
-        tensor.chunk(mesh.dp.size)[mesh.dp.rank]
-        for tensor in (whole.input_ids_BS, whole.position_ids_BS, whole.labels_BS)
-    ]
-    return [
-        MicroBatch(*parts) for parts in zip(*(tensor.chunk(num_microbatches) for tensor in mine), strict=True)
-    ]
-
-
 def load_stages(
     case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype
 ) -> tuple[StageModel, StageModel]:
     """Build and load this rank's student and teacher."""
-    shared = {"pp": mesh.pp, "tp": mesh.tp, "dtype": dtype}
+    shared = {"pp": mesh.pp, "tp": mesh.tp, "dtype": dtype, "compile_layers": case.compiled}
     student = build_stage(STUDENTS[case.student], recompute=case.recompute, **shared)
     teacher = build_stage(TEACHER, trainable=False, num_slices=case.slices, **shared)
     load_weights(student, Path(folders[case.student]))
@@ -103,29 +96,74 @@ def load_stages(
     return student, teacher
 
 
+def mesh_of(case: Case) -> Mesh:
+    """Return the mesh of a case, on the ranks of a test launch or on this process alone."""
+    if case.pp * case.dp * case.tp == 1:
+        return Mesh.single()
+    return Mesh.create(pp=case.pp, dp=case.dp, tp=case.tp)
+
+
+def make_step(
+    case: Case,
+    folders: dict[str, str],
+    mesh: Mesh,
+    *,
+    loss: Loss = LOSS,
+    with_teacher: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> DistillationStep:
+    """Build this rank's part of a case, ready for its first step."""
+    student, teacher = load_stages(case, folders, mesh, dtype)
+    plan = make_plan(
+        schedule=case.schedule,
+        teacher=case.teacher if with_teacher else None,
+        num_ranks=case.pp,
+        num_microbatches=case.num_microbatches,
+        num_slices=case.slices,
+    )
+    lowered = add_communication(plan)
+    validate(lowered)
+    check_deadlock(lowered)
+    rows = ROWS // (case.dp * case.num_microbatches)
+    return DistillationStep(
+        mesh=mesh,
+        student=student,
+        teacher=teacher if with_teacher else None,
+        optimizer=StageOptimizer.of_stage(student, mesh, ADAMW, RATE),
+        plan=lowered,
+        loss=loss,
+        links=Links(mesh, messages(student, teacher, rows=rows, seq_len=SEQ_LEN)),
+    )
+
+
+def share_of(whole: MicroBatch, case: Case, mesh: Mesh) -> list[MicroBatch]:
+    """Return the micro-batches of this rank's replica."""
+    columns = (whole.input_ids_BS, whole.position_ids_BS, whole.labels_BS)
+    mine = [column.chunk(mesh.dp.size)[mesh.dp.rank].chunk(case.num_microbatches) for column in columns]
+    return [MicroBatch(*parts) for parts in zip(*mine, strict=True)]
+
+
+def train(step: DistillationStep, case: Case, steps: range) -> list[StepStats]:
+    """Run optimizer steps on the batches of the trajectory."""
+    return [step(index, share_of(batch_of(index), case, step.mesh)) for index in steps]
+
+
+def state_of(step: DistillationStep) -> dict[str, Tensor]:
+    """Return copies of this rank's masters, moments and parameters by name."""
+    state = {}
+    for entry, views in step.optimizer.state():
+        name = entry.name + ("@tied" if entry.is_tied_copy else "")
+        state |= {f"{key}/{name}": view.clone() for key, view in views.items()}
+        state[f"parameter/{name}"] = entry.parameter.detach().clone()
+    return state
+
+
 def run_case(
     case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype = torch.float64
 ) -> Trajectory:
     """Run the framework's step five times in the case's layout; parameters are this rank's stage, whole tensors."""
-    student, teacher = load_stages(case, folders, mesh, dtype)
-    optimizer = StageOptimizer.of_stage(student, mesh, ADAMW, RATE)
-    plan = add_communication(
-        make_plan(
-            schedule=case.schedule,
-            teacher=case.teacher,
-            num_ranks=mesh.pp.size,
-            num_microbatches=case.num_microbatches,
-            num_slices=case.slices,
-        )
-    )
-    validate(plan)
-    check_deadlock(plan)
-    rows = ROWS // (case.dp * case.num_microbatches)
-    links = Links(mesh, messages(student, teacher, rows=rows, seq_len=SEQ_LEN))
-    step = DistillationStep(
-        mesh=mesh, student=student, teacher=teacher, optimizer=optimizer, plan=plan, loss=LOSS, links=links
-    )
-    stats = [step(index, _microbatches(index, mesh, case.num_microbatches)) for index in range(STEPS)]
+    step = make_step(case, folders, mesh, dtype=dtype)
+    stats = train(step, case, range(STEPS))
     return Trajectory(
         losses=[(s.total, s.hard, s.soft) for s in stats],
         norms=[s.grad_norm for s in stats],
@@ -133,15 +171,14 @@ def run_case(
             entry.name + ("@tied" if entry.is_tied_copy else ""): gather_tensor(
                 entry.parameter.detach(), entry
             ).clone()
-            for entry, _ in optimizer.state()
+            for entry, _ in step.optimizer.state()
         },
     )
 
 
 def run_cases(cases: list[Case], folders: dict[str, str]) -> list[Trajectory]:
     """Run cases of one layout on the ranks of a test launch."""
-    first = cases[0]
-    mesh = Mesh.create(pp=first.pp, dp=first.dp, tp=first.tp)
+    mesh = mesh_of(cases[0])
     return [run_case(case, folders, mesh) for case in cases]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 
 from distill.config import Config, ConfigError
 from launch import distill, evaluate, prune
-from launch.command import Command, run_command
+from launch.command import RANK_0_SPEAKS_S, Command, run_command
 
 READY = ["teacher=embedded", "data=pydoc", "log.wandb=disabled"]
 
@@ -83,10 +84,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_command(command(), ["train.stepz=3"]) == 2
     assert run_command(command(), ["--help"]) == 0
     shown = capsys.readouterr()
     assert shown.out == shown.err == ""
+
+
+def test_another_rank_lets_rank_0_tell_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends rank 0 too when another rank leaves first, perhaps before rank 0 has told anything."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: said.append((seconds, capsys.readouterr().err)))
+    assert run_command(command(), ["train.stepz=3"]) == 2
+    assert said == [(RANK_0_SPEAKS_S, "")], "it waits, and has said nothing yet"
+    assert capsys.readouterr().err.startswith("error: there is no key train.stepz"), (
+        "it alone saw the mistake"
+    )
 
 
 def test_a_bug_is_not_taken_for_a_mistake() -> None:

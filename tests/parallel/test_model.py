@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from parallel.mesh import Axis, Mesh
-from parallel.model import LogitsTransform, build_config, build_stage, split_layers
+from parallel.model import build_config, build_stage, split_layers
 from parallel.plan import UnsupportedModel
+from parallel.probes import LogitsTransform
 from parallel.weights import WeightsError, export_weights, gather_tensor, load_weights, parameter_table
 from tests.families import FAMILIES, save_tiny, tiny_config, tiny_model
 from tests.workers import run_distributed
@@ -135,7 +136,7 @@ def test_a_style_or_family_that_is_not_known_is_named(monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_logits_transform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.model._logits_transform", lambda config: LogitsTransform())
+    monkeypatch.setattr("parallel.model.logits_transform", lambda config: LogitsTransform())
     with pytest.raises(UnsupportedModel, match="logits"):
         build_stage(tiny_config("granite"), pp=Axis("pp"), tp=Axis("tp"))
 

@@ -1,0 +1,187 @@
+"""One optimizer step: the same statistics in every layout, with and without a teacher, with nothing to learn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from distill.config import Loss
+from distill.data import IGNORE
+from distill.step import head_of, messages, whole_backwards
+from parallel.mesh import Axis, Mesh
+from parallel.model import build_stage
+from parallel.pipeline.actions import Action, Kind, parse
+from parallel.pipeline.executor import ActionFailed
+from parallel.pipeline.p2p import Message
+from tests.equivalence.trajectory import (
+    LOSS,
+    RATE,
+    ROWS,
+    SINGLE,
+    Case,
+    batch_of,
+    make_step,
+    mesh_of,
+    run_reference,
+    save_models,
+    share_of,
+    state_of,
+    train,
+)
+from tests.families import tiny_config
+from tests.workers import run_distributed
+
+HARD = replace(LOSS, alpha=1.0)
+LAYOUTS = [
+    replace(SINGLE, pp=2, num_microbatches=8),
+    replace(SINGLE, tp=2, schedule="gpipe", teacher="batch", slices=2),
+    replace(SINGLE, dp=2, num_microbatches=2),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def _statistics(cases: list[Case], folders: dict[str, str], loss: Loss, with_teacher: bool) -> list:
+    results = []
+    for case in cases:
+        step = make_step(case, folders, mesh_of(case), loss=loss, with_teacher=with_teacher)
+        stats = train(step, case, range(2))
+        assert not step.links.inbox and not step.links.outbox
+        results.append([asdict(each) for each in stats])
+    return results
+
+
+def _compare(ranks: list[list[list[dict]]], expected: list[dict]) -> None:
+    """Compare what every rank reports in every layout with one process; times differ, idle shares agree."""
+    for layout in range(len(ranks[0])):
+        idle = {tuple(step["bubble_fraction"] for step in rank[layout]) for rank in ranks}
+        assert len(idle) == 1, "the mean idle share is one number"
+        assert all(0 <= share < 1 for share in next(iter(idle)))
+        for rank in ranks:
+            for mine, other in zip(rank[layout], expected, strict=True):
+                assert mine["num_valid_tokens"] == other["num_valid_tokens"]
+                assert mine["learning_rate"] == other["learning_rate"]
+                assert 0 < mine["step_s"]
+                for name in ("hard", "soft", "total", "grad_norm"):
+                    assert mine[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12), (layout, name)
+
+
+def test_statistics_do_not_depend_on_the_layout(folders: dict[str, str]) -> None:
+    counts = [int((half != IGNORE).sum()) for half in batch_of(0).labels_BS.chunk(2)]
+    assert counts[0] != counts[1], "the replicas must have unequal numbers of valid tokens"
+    (single,) = _statistics([SINGLE], folders, LOSS, True)
+    reference = run_reference("tied", folders)
+    for index, step in enumerate(single):
+        got = (step["total"], step["hard"], step["soft"])
+        assert got == pytest.approx(reference.losses[index], rel=1e-9)
+        assert step["grad_norm"] == pytest.approx(reference.norms[index], rel=1e-9)
+        assert step["learning_rate"] == RATE.at(index)
+        assert step["num_valid_tokens"] == batch_of(index).num_valid_tokens
+    _compare(run_distributed(2, _statistics, LAYOUTS, folders, LOSS, True), single)
+
+
+def test_the_hard_loss_alone_needs_no_teacher(folders: dict[str, str]) -> None:
+    (single,) = _statistics([SINGLE], folders, HARD, False)
+    batch = batch_of(0)
+    model = AutoModelForCausalLM.from_pretrained(folders["tied"], dtype=torch.float64)
+    logits = model(
+        input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
+    ).logits.flatten(0, 1)
+    expected = F.cross_entropy(logits, batch.labels_BS.flatten(), ignore_index=IGNORE).item()
+    assert single[0]["hard"] == single[0]["total"] == pytest.approx(expected, rel=1e-9)
+    assert single[0]["soft"] == single[1]["soft"] == 0
+    _compare(run_distributed(2, _statistics, LAYOUTS, folders, HARD, False), single)
+    (with_teacher,) = _statistics([SINGLE], folders, HARD, True)
+    _compare([[with_teacher]], single)
+
+
+def test_a_soft_loss_without_a_teacher_fails_at_the_action(folders: dict[str, str]) -> None:
+    step = make_step(SINGLE, folders, Mesh.single(), with_teacher=False)
+    with pytest.raises(ActionFailed, match=r"rank 0 .* failed at 0B0: ValueError: .*no teacher"):
+        train(step, SINGLE, range(1))
+
+
+def _without_tokens(cases: list[Case], folders: dict[str, str]) -> list[tuple[list[dict], bool]]:
+    """Run a step in which the first half of the rows has no label, then one without any label."""
+    results = []
+    for case in cases:
+        step = make_step(case, folders, mesh_of(case))
+        batch = batch_of(0)
+        labels = batch.labels_BS.clone()
+        labels[: ROWS // 2] = IGNORE
+        half = step(0, share_of(replace(batch, labels_BS=labels), case, step.mesh))
+        nothing = replace(batch, labels_BS=torch.full_like(labels, IGNORE))
+        none = step(1, share_of(nothing, case, step.mesh))
+        finite = all(bool(value.isfinite().all()) for value in state_of(step).values())
+        results.append(([asdict(half), asdict(none)], finite))
+    return results
+
+
+def test_micro_batches_replicas_and_steps_without_valid_tokens(folders: dict[str, str]) -> None:
+    (single,) = _without_tokens([SINGLE], folders)
+    labels = batch_of(0).labels_BS[ROWS // 2 :]
+    assert single[0][0]["num_valid_tokens"] == int((labels != IGNORE).sum())
+    assert single[0][1]["hard"] == single[0][1]["soft"] == single[0][1]["grad_norm"] == 0
+    ranks = run_distributed(2, _without_tokens, LAYOUTS, folders)
+    assert all(finite for rank in ranks for _, finite in rank)
+    _compare([[stats for stats, _ in rank] for rank in ranks], single[0])
+
+
+def _two_ways(folders: dict[str, str]) -> list[str]:
+    """Train with whole and with split backwards; return the names that differ."""
+    differ = []
+    for layout in ({"pp": 2}, {"tp": 2}):
+        case = replace(SINGLE, num_microbatches=8, **layout)
+        mesh = mesh_of(case)
+        whole = make_step(case, folders, mesh)
+        apart = make_step(replace(case, schedule="zero_bubble"), folders, mesh)
+        if mesh.pp.size == 1:
+            # The zero-bubble order of one stage has nothing to split.
+            apart._whole = frozenset()
+        elif mesh.pp.is_last:
+            assert len(apart._whole) < case.num_microbatches
+        for step in (whole, apart):
+            train(step, case, range(2))
+        expected = state_of(whole)
+        differ += [name for name, value in state_of(apart).items() if not torch.equal(value, expected[name])]
+    return differ
+
+
+def test_split_backwards_train_bit_for_bit_like_whole_ones(folders: dict[str, str]) -> None:
+    assert run_distributed(2, _two_ways, folders) == [[], []]
+
+
+def test_whole_backwards_are_those_directly_followed_by_their_own_w() -> None:
+    text = "0F0 0B0 0W0 0B1 0B2 0W2 0W1 0B3 1W3 0SEND_B3 0W3 0B4"
+    actions = [parse(word) for word in text.split()]
+    assert whole_backwards(actions) == {parse("0B0"), parse("0B2")}
+    assert whole_backwards([]) == whole_backwards([Action(0, Kind.B, 0)]) == frozenset()
+
+
+def test_messages_have_the_width_and_dtype_of_their_model() -> None:
+    student, teacher = (
+        build_stage(tiny_config("llama", hidden_size=width), pp=Axis("pp"), tp=Axis("tp"), dtype=dtype)
+        for width, dtype in ((32, torch.float32), (64, torch.bfloat16))
+    )
+    assert messages(student, teacher, rows=3, seq_len=5) == {
+        Kind.F: Message((3, 5, 32), torch.float32),
+        Kind.B: Message((3, 5, 32), torch.float32),
+        Kind.K: Message((3, 5, 64), torch.bfloat16),
+    }
+    assert messages(None, teacher, rows=1, seq_len=2).keys() == {Kind.K}
+    assert messages(student, None, rows=1, seq_len=2).keys() == {Kind.F, Kind.B}
+
+
+def test_the_head_carries_the_familys_logits_transform() -> None:
+    for family, scale, softcap in (("granite", 0.25, None), ("gemma2", 1.0, 2.0), ("llama", 1.0, None)):
+        stage = build_stage(tiny_config(family), pp=Axis("pp"), tp=Axis("tp", 2, 1))
+        head = head_of(stage)
+        assert (head.scale, head.softcap, head.vocab_size) == (scale, softcap, 97)
+        assert head.weight_VD is stage.head.weight and head.weight_VD.shape == (48, 32)

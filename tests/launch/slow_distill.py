@@ -1,0 +1,26 @@
+"""The command `launch.distill` with checkpoints that take long: each says `saving` and then waits three seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from launch.command import run_command
+from launch.distill import COMMAND
+
+SAVING_S = 3.0
+
+if __name__ == "__main__":
+    from parallel import checkpoint
+
+    save_file = checkpoint.save_file
+
+    def slowly(*given: Any) -> None:
+        """Write half of the time before the file is there."""
+        print("saving", flush=True)
+        time.sleep(SAVING_S)
+        save_file(*given)
+
+    checkpoint.save_file = slowly
+    sys.exit(run_command(COMMAND))

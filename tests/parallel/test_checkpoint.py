@@ -1,0 +1,318 @@
+"""Checkpoints: bit for bit back, complete or absent, and every broken one named on every rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill.step import DistillationStep
+from parallel.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    complete_checkpoints,
+    drop_after,
+    latest,
+    read_manifest,
+    restore,
+    save,
+)
+from parallel.mesh import Mesh
+from tests.equivalence.trajectory import SINGLE, Case, make_step, mesh_of, save_models, state_of, train
+from tests.workers import run_distributed
+
+EXTRAS = {"tokens": 123, "prune_s": 0.25}
+FILE = "stage-000-tp-00.safetensors"
+TWO_RANKS = [
+    replace(SINGLE, pp=2, student="tied"),
+    replace(SINGLE, tp=2, student="tied", schedule="gpipe"),
+    replace(SINGLE, dp=2, student="untied"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def _differ(step: DistillationStep, expected: dict[str, torch.Tensor]) -> list[str]:
+    state = state_of(step)
+    assert state.keys() == expected.keys()
+    return [name for name, value in state.items() if not torch.equal(value, expected[name])]
+
+
+def _adam_steps(step: DistillationStep) -> set[float]:
+    return {float(state["step"]) for state in step.optimizer._adam.state.values()}
+
+
+def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list[list[str]]:
+    """Train four steps at once; two, save, restore into a fresh student, two more; return what differs."""
+    results = []
+    for number, case in enumerate(cases):
+        mesh = mesh_of(case)
+        uninterrupted, first, second = (make_step(case, folders, mesh) for _ in range(3))
+        expected = train(uninterrupted, case, range(4))
+        assert latest(root / str(number), mesh) is None
+        done = train(first, case, range(2))
+        folder = save(root / str(number), 2, first.optimizer, mesh, extras=EXTRAS, keep=1)
+        assert latest(root / str(number), mesh) == folder
+        saved = state_of(first)
+        assert _differ(second, saved), "a fresh student must differ before"
+        manifest = restore(folder, second.optimizer, mesh)
+        assert (manifest.step, manifest.extras) == (2, EXTRAS)
+        assert manifest.layout == {"pp": case.pp, "tp": case.tp}
+        assert _adam_steps(second) == {2.0}
+        differ = _differ(second, saved)
+        done += train(second, case, range(2, 4))
+        differ += [f"later {name}" for name in _differ(second, state_of(uninterrupted))]
+        for mine, other in zip(done, expected, strict=True):
+            if (mine.total, mine.grad_norm) != (other.total, other.grad_norm):
+                differ.append(f"{mine} against {other}")
+        results.append(differ)
+    return results
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(folders: dict[str, str], tmp_path: Path) -> None:
+    ranks = run_distributed(2, _interrupted, TWO_RANKS, folders, tmp_path)
+    assert ranks == [[[], [], []], [[], [], []]]
+    written = {
+        number: {path.name for path in (tmp_path / number / "step-00000002").iterdir()} for number in "012"
+    }
+    assert written["0"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-001-tp-00.safetensors"}
+    assert written["1"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-000-tp-01.safetensors"}
+    assert written["2"] == {MANIFEST, FILE}, "replicas are equal: one writes"
+    tied = load_file(tmp_path / "0" / "step-00000002" / "stage-001-tp-00.safetensors")
+    assert {name for name in tied if name.endswith("@tied")} == {
+        f"{kind}/model.embed_tokens.weight@tied" for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }
+    _check_another_number_of_replicas(folders, tmp_path / "2" / "step-00000002")
+    _check_other_layouts_are_refused(folders, tmp_path)
+
+
+def _check_another_number_of_replicas(folders: dict[str, str], folder: Path) -> None:
+    step = make_step(replace(SINGLE, student="untied"), folders, Mesh.single())
+    assert restore(folder, step.optimizer, step.mesh).step == 2
+    tensors = load_file(folder / FILE)
+    for name, value in state_of(step).items():
+        assert torch.equal(value, tensors[name.replace("parameter/", "weight/")]), name
+
+
+def _check_other_layouts_are_refused(folders: dict[str, str], root: Path) -> None:
+    step = make_step(SINGLE, folders, Mesh.single())
+    for number, wanted in (("0", "mesh.pp=2, mesh.tp=1"), ("1", "mesh.pp=1, mesh.tp=2")):
+        folder = root / number / "step-00000002"
+        before = state_of(step)
+        with pytest.raises(CheckpointError) as caught:
+            restore(folder, step.optimizer, step.mesh)
+        assert all(word in str(caught.value) for word in (str(folder), wanted, "mesh.pp=1, mesh.tp=1"))
+        assert not _differ(step, before)
+
+
+def test_four_ranks(folders: dict[str, str], tmp_path: Path) -> None:
+    cases = [
+        replace(SINGLE, pp=2, dp=2, num_microbatches=2),
+        replace(SINGLE, pp=2, tp=2, num_microbatches=1),
+    ]
+    assert run_distributed(4, _interrupted, cases, folders, tmp_path) == [[[], []]] * 4
+    assert len(list((tmp_path / "0" / "step-00000002").iterdir())) == 3
+    assert len(list((tmp_path / "1" / "step-00000002").iterdir())) == 5
+
+
+def test_bf16_parameters_follow_the_restored_master(folders: dict[str, str], tmp_path: Path) -> None:
+    first, second = (make_step(SINGLE, folders, Mesh.single(), dtype=torch.bfloat16) for _ in range(2))
+    train(first, SINGLE, range(2))
+    restore(save(tmp_path, 2, first.optimizer, first.mesh, extras={}, keep=1), second.optimizer, second.mesh)
+    assert not _differ(second, state_of(first))
+    assert load_file(tmp_path / "step-00000002" / FILE)["weight/model.norm.weight"].dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def step(folders: dict[str, str]) -> DistillationStep:
+    """A single process after one step, so that no moment is zero."""
+    step = make_step(SINGLE, folders, Mesh.single())
+    train(step, SINGLE, range(1))
+    return step
+
+
+@pytest.fixture
+def saved(step: DistillationStep, tmp_path: Path) -> Path:
+    return save(tmp_path, 7, step.optimizer, step.mesh, extras=EXTRAS, keep=3)
+
+
+def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, tmp_path: Path) -> None:
+    root, mesh = tmp_path / "run" / "checkpoints", step.mesh
+    assert latest(root, mesh) is None and complete_checkpoints(root) == []
+
+    def write(number: int, keep: int) -> Path:
+        return save(root, number, step.optimizer, mesh, extras={}, keep=keep)
+
+    for number in (2, 9, 10, 100):
+        assert write(number, 3) == latest(root, mesh) == root / f"step-{number:08d}"
+    assert [path.name for path in complete_checkpoints(root)] == [
+        f"step-{number:08d}" for number in (9, 10, 100)
+    ]
+    # Neither what a killed run left behind, nor a folder whose manifest never came.
+    shutil.copytree(root / "step-00000100", root / "step-00000200.partial")
+    shutil.copytree(root / "step-00000100", root / "step-00000300")
+    (root / "step-00000300" / MANIFEST).unlink()
+    assert latest(root, mesh) == root / "step-00000100"
+    write(200, 1)
+    assert not list(root.glob("*.partial"))
+    assert complete_checkpoints(root) == [root / "step-00000200"]
+    assert read_manifest(root / "step-00000200").step == 200
+
+
+def test_a_step_saved_again_replaces_the_old_one(step: DistillationStep, saved: Path) -> None:
+    (saved / "left over").write_text("x")
+    again = save(saved.parent, 7, step.optimizer, step.mesh, extras={"round": 1}, keep=3)
+    assert again == saved and not (saved / "left over").exists()
+    assert read_manifest(saved).extras == {"round": 1}
+
+
+def test_nothing_is_complete_before_the_files_are_written(
+    step: DistillationStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("parallel.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
+    assert complete_checkpoints(tmp_path) == []
+    monkeypatch.undo()
+    assert latest(tmp_path, step.mesh) is None
+    save(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def _edit(folder: Path, change: Callable[[dict], dict]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(change(manifest)))
+
+
+def _rewrite(folder: Path, change: Callable[[dict], dict], file: str = FILE) -> None:
+    """Change the tensors of a file and let the manifest agree with its new size."""
+    save_file(change(load_file(folder / file)), folder / file)
+    size = (folder / file).stat().st_size
+    _edit(folder, lambda manifest: {**manifest, "files": {**manifest["files"], file: size}})
+
+
+def _refused(step: DistillationStep, folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        restore(folder, step.optimizer, step.mesh)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_files_cut_short_or_gone_are_named(step: DistillationStep, saved: Path) -> None:
+    file = saved / FILE
+    whole = file.read_bytes()
+    for broken in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0"):
+        file.write_bytes(broken)
+        _refused(step, saved, str(file), f"has {len(broken)} bytes", f"says {len(whole)}")
+    file.write_bytes(b"\xff" * len(whole))
+    _refused(step, saved, str(file), "cannot be read")
+    file.unlink()
+    _refused(step, saved, str(file), "has 0 bytes")
+    _edit(saved, lambda manifest: {**manifest, "files": {}})
+    _refused(step, saved, str(file), "cannot be read")
+    file.write_bytes(whole)
+    assert restore(saved, step.optimizer, step.mesh).step == 7
+
+
+def test_other_tensors_are_named(step: DistillationStep, saved: Path) -> None:
+    name = "exp_avg/model.layers.1.mlp.up_proj.weight"
+    original = shutil.copytree(saved, saved.with_name("original"))
+    cases: list[tuple[Callable[[dict], dict], tuple[str, ...]]] = [
+        (
+            lambda tensors: {key: value for key, value in tensors.items() if key != name},
+            (f"no tensor '{name}'",),
+        ),
+        (lambda tensors: {**tensors, "weight/model.extra": torch.zeros(3)}, ("weight/model.extra",)),
+        (lambda tensors: {**tensors, name: tensors[name].t().contiguous()}, (name, "[32, 48]", "[48, 32]")),
+        (lambda tensors: {**tensors, name: tensors[name].flatten()}, (name, "[1536]", "[48, 32]")),
+    ]
+    for change, words in cases:
+        shutil.rmtree(saved)
+        shutil.copytree(original, saved)
+        _rewrite(saved, change)
+        _refused(step, saved, str(saved / FILE), *words)
+
+
+def test_broken_manifests_are_named(step: DistillationStep, saved: Path) -> None:
+    path = saved / MANIFEST
+    fields = json.loads(path.read_text())
+    broken = ["", "{", "null", "[]", "3", '"x"', "{}", '{"step": 1}', json.dumps({**fields, "more": 1})]
+    broken += [
+        json.dumps({**fields, key: value}) for key in fields for value in (None, [], "text", [["a", 1]], 1.5)
+    ]
+    for text in broken:
+        path.write_text(text)
+        _refused(step, saved, str(path), "cannot be read")
+    path.write_bytes(b"\xff\xfe{}")
+    _refused(step, saved, str(path), "cannot be read")
+    path.unlink()
+    _refused(step, saved, str(saved), MANIFEST)
+    _refused(step, saved.with_name("nowhere"), "nowhere", MANIFEST)
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(step: DistillationStep, saved: Path) -> None:
+    secret = saved.parent / "secret.safetensors"
+    secret.write_bytes(b"12345")
+    for name in ("../secret.safetensors", str(secret), "../../secret.safetensors"):
+        _edit(saved, lambda manifest, name=name: {**manifest, "files": {name: 5}})
+        _refused(step, saved, str(saved / "secret.safetensors"), "has 0 bytes")
+    for name in ("..", ".", "", "/"):
+        size = saved.stat().st_size
+        _edit(saved, lambda manifest, name=name, size=size: {**manifest, "files": {name: size}})
+        _refused(step, saved, "has 0 bytes")
+
+
+def _one_broken_file(folders: dict[str, str], root: Path) -> list[str]:
+    """Break what only rank 1 reads, in several ways; return what this rank is told each time."""
+    case = replace(SINGLE, pp=2)
+    mesh = mesh_of(case)
+    step = make_step(case, folders, mesh)
+    folder = save(root, 1, step.optimizer, mesh, extras={}, keep=1)
+    file = "stage-001-tp-00.safetensors"
+    changes: list[Callable[[dict], dict]] = [
+        lambda tensors: dict(list(tensors.items())[1:]),
+        lambda tensors: {**tensors, "weight/extra": torch.zeros(1)},
+    ]
+    told = []
+    original = root / "original"
+    if mesh.world.is_first:
+        shutil.copytree(folder, original)
+    for change in (*changes, None):
+        torch.distributed.barrier()
+        if mesh.world.is_first:
+            shutil.copytree(original, folder, dirs_exist_ok=True)
+            if change is None:
+                size = (folder / file).stat().st_size
+                (folder / file).write_bytes(b"\xff" * size)
+            else:
+                _rewrite(folder, change, file)
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError, match=file) as caught:
+            restore(folder, step.optimizer, mesh)
+        told.append(str(caught.value))
+    return told
+
+
+def test_every_rank_learns_of_one_broken_file(folders: dict[str, str], tmp_path: Path) -> None:
+    first, second = run_distributed(2, _one_broken_file, folders, tmp_path, timeout_s=60)
+    assert first == second
+    assert all(word in text for word, text in zip(("has no", "extra", "cannot be read"), first, strict=True))
+
+
+def test_an_older_checkpoint_gone_on_from_leaves_no_newer_ones(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / MANIFEST).write_text("{}")
+    drop_after(tmp_path, 4, Mesh.single())
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
