@@ -89,13 +89,15 @@ def curve_svg(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
     teacher = levels[-1][1] if levels else None
     scale = _scale([*smooth.values(), held], teacher)
     parts = [*_frame(scale), *_rounds(steps, scale)]
-    if teacher is not None:
-        parts += _teacher(teacher, scale)
+    level, name = _teacher(teacher, scale) if teacher is not None else ([], [])
+    parts += level
     for key, _, style in _SERIES:
         if smooth[key] != raw[key]:
             parts.append(_line(raw[key], f"{style} raw", scale))
         parts.append(_line(smooth[key], style, scale))
     parts += [f'<circle class="held" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="5"/>' for x, y in held]
+    # The name comes last, so that the losses that cross the level do not cross it out.
+    parts += name
     parts += _legend(has_held_out=bool(held))
     parts.append(f'<text class="title" x="{LEFT}" y="24">{_title(held, teacher)}</text>')
     body = "\n".join(parts)
@@ -176,12 +178,18 @@ def _rounds(steps: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
     return parts
 
 
-def _teacher(level: float, scale: Scale) -> list[str]:
+def _teacher(level: float, scale: Scale) -> tuple[list[str], list[str]]:
+    """Return the level as a line, and its name."""
     y = scale.y(level)
-    return [
-        f'<line class="teacher" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
-        f'<text class="teacher-name" x="{RIGHT - 4}" y="{y + 16:.1f}" text-anchor="end">teacher, held out: {level:.3f}</text>',
-    ]
+    return (
+        [f'<line class="teacher" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'],
+        [
+            (
+                f'<text class="teacher-name" x="{RIGHT - 12}" y="{y - 8:.1f}" text-anchor="end">'
+                f"teacher, held out: {level:.3f}</text>"
+            )
+        ],
+    )
 
 
 def _line(points: Points, style: str, scale: Scale) -> str:

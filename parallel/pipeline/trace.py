@@ -44,7 +44,7 @@ def to_ascii(source: Source, *, width: int = 100) -> str:
                 stop = round((event.end_s - start_s) / span_s * width)
                 cells[first:stop] = _LETTERS[event.action.kind] * (stop - first)
         lines.append(f"rank {rank:<2d} {''.join(cells)}")
-    scale = f"1 column = {span_s / width * 1e3:.3g} ms"
+    scale = f"1 column = {_duration(span_s / width)}"
     return "\n".join([*lines, f"F forward  B, W backward  k teacher  # optimizer  . idle  {scale}"]) + "\n"
 
 
@@ -174,7 +174,7 @@ def _panel(name: str, source: Source, top: float, scale: float, span_s: float) -
         step_s, bubble = own_span_s, bubble_fraction(events, num_ranks=num_ranks, step_s=own_span_s)
     height, pitch = (22.0, 28.0) if num_ranks <= 8 else (15.0, 19.0)
     first_row, bottom = top + 24, top + 24 + pitch * num_ranks
-    title = f"{name}: {step_s * 1e3:.4g} ms, bubble {bubble:.1%}"
+    title = f"{name}: {_duration(step_s)}, bubble {bubble:.1%}"
     lines = [f'<text class="title" x="{_LEFT:.0f}" y="{top + 14:.0f}">{escape(title)}</text>']
     for rank in range(num_ranks):
         y = first_row + pitch * rank
@@ -189,7 +189,7 @@ def _panel(name: str, source: Source, top: float, scale: float, span_s: float) -
         x = _LEFT + index * tick_s * scale
         lines.append(f'<path class="tick" d="M{x:.1f} {bottom - 4:.1f}v6"/>')
         lines.append(
-            f'<text class="axis" x="{x:.1f}" y="{bottom + 14:.1f}">{index * tick_s * 1e3:g} ms</text>'
+            f'<text class="axis" x="{x:.1f}" y="{bottom + 14:.1f}">{_duration(index * tick_s, unit_of=span_s)}</text>'
         )
     return lines, bottom + 32 - top
 
@@ -243,6 +243,13 @@ def _boxes(events: Sequence[Event], narrow_s: float) -> list[_Box]:
                 continue
         boxes.append(_Box(action, begin_s, end_s))
     return boxes
+
+
+def _duration(seconds: float, *, unit_of: float | None = None) -> str:
+    """Write a time in seconds or milliseconds, whichever suits it, or suits `unit_of` (for ticks of one axis)."""
+    if (seconds if unit_of is None else unit_of) >= 1:
+        return f"{seconds:.4g} s"
+    return f"{seconds * 1e3:.4g} ms"
 
 
 def _tick(span_s: float) -> float:
