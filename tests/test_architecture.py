@@ -176,7 +176,7 @@ def test_no_place_of_one_machine_is_named() -> None:
 
 
 def test_each_test_file_has_its_source() -> None:
-    """`tests/distill/test_losses.py` tests `distill/losses.py`; `equivalence/` and the files here test more than one.
+    """`tests/distill/test_losses.py` tests `distill/losses.py`; `equivalence/`, `commands/` and the files here test more than one.
 
     `launch/benchmarks/loss.py` is tested by `tests/launch/test_benchmark_loss.py`.
     """

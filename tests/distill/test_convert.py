@@ -34,7 +34,7 @@ def test_what_is_left_out_takes_its_default() -> None:
         ({"train": {"steps": "many"}}, "train.steps=many must be a whole number"),
         ({"train": {"steps": 1.5}}, "train.steps=1.5 must be a whole number"),
         ({"train": {"steps": True}}, "train.steps=true must be a whole number"),
-        ({"train": {"recompute": 1}}, "train.recompute=1 must be true or false"),
+        ({"train": {"compile": 1}}, "train.compile=1 must be true or false"),
         ({"train": {"steps": None}}, "train.steps=null must be a whole number"),
         ({"train": 3}, "train=3 is not a group of keys; train.KEY=VALUE sets one of it"),
         (

@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_ends_the_step(tmp_path: Path) -> None:
     optimizer = StageOptimizer.of_stage(stage, Mesh.single(), OPTIONS, RATE)
     optimizer.flat_grad[3] = float("nan")
     before = optimizer.master.clone()
-    with pytest.raises(NonFiniteGradient, match="step 7"):
+    with pytest.raises(NonFiniteGradient, match="step 8"):
         optimizer.step(7, optimizer.norm())
     assert torch.equal(optimizer.master, before)
 

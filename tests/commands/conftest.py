@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import distill
-from tests.launch.tiny_run import Inputs, call, make_inputs
+from tests.commands.tiny_run import Inputs, call, make_inputs
 
 
 @pytest.fixture(scope="session")

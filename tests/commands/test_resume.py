@@ -17,7 +17,7 @@ import pytest
 
 from distill.metrics import RunLog
 from launch import distill
-from tests.launch.tiny_run import (
+from tests.commands.tiny_run import (
     STEPS,
     Done,
     Inputs,
@@ -77,6 +77,7 @@ def wandb_steps(run_dir: Path) -> list[int]:
     return steps
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_two_stages(inputs: Inputs, long: Path, tmp_path: Path) -> None:
     """Also the proof that two stages have the trajectory of one rank, and that rank 0 alone writes to wandb."""
     arguments = inputs.settings(tmp_path / "run", f"train.steps={MANY}", "mesh.pp=2", "log.wandb=offline")
@@ -197,7 +198,7 @@ def test_a_student_pruned_for_other_settings_is_not_taken(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        interrupt(patch, "distill.session.check_models")
+        interrupt(patch, "distill.session.load_student")
         call(distill.COMMAND, inputs.settings(tmp_path, "student.prune.num_layers=2"))
     assert (tmp_path / "pruned").is_dir() and not (tmp_path / "metrics.jsonl").exists()
     done = call(distill.COMMAND, inputs.settings(tmp_path))
@@ -225,7 +226,7 @@ def test_a_second_ctrl_c_while_saving_keeps_the_checkpoint_before(
     inputs: Inputs, long: Path, tmp_path: Path
 ) -> None:
     arguments = inputs.settings(tmp_path, f"train.steps={MANY}")
-    run = start("tests.launch.slow_distill", arguments, num_ranks=1)
+    run = start("tests.commands.slow_distill", arguments, num_ranks=1)
     run.until("saving")
     run.until("step  6/")
     run.ctrl_c()

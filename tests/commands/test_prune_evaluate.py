@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import distill, evaluate, prune
 from launch.command import Command
-from tests.launch.tiny_run import STEPS, Inputs, call, read_lines, same_weights, snapshot, start, weights
+from tests.commands.tiny_run import STEPS, Inputs, call, read_lines, same_weights, snapshot, start, weights
 
 
 def rows(out: str) -> dict[str, dict[str, float]]:

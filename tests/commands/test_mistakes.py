@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch import distill
+from tests.commands.tiny_run import STEPS, Done, Inputs, call, losses, metrics, snapshot, start
 from tests.distill.tiny_tokenizer import TOKENS, tiny_tokenizer
 from tests.families import save_tiny, tiny_config
-from tests.launch.tiny_run import STEPS, Done, Inputs, call, losses, metrics, snapshot, start
 
 SECONDS = 30
 """Until a mistake is told: 10 s are promised on an idle machine, tests share theirs."""

@@ -15,7 +15,7 @@ from parallel.collectives import all_gather, broadcast_, shard_sizes
 from parallel.mesh import Mesh
 from parallel.model import build_stage
 from parallel.weights import load_weights
-from tests.launch.tiny_run import Inputs, call, same_weights, weights
+from tests.commands.tiny_run import Inputs, call, same_weights, weights
 from tests.workers import run_distributed
 
 TOKENS_BS = torch.tensor([[5, 17, 200, 33, 9, 266, 41, 8], [100, 3, 3, 77, 250, 12, 60, 1]])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launch import distill
-from tests.launch.tiny_run import (
+from tests.commands.tiny_run import (
     CONTRACT_NAMES,
     STEPS,
     Inputs,
