@@ -210,6 +210,8 @@ def _check_related(flat: dict[str, Any]) -> None:
             f"pipeline.virtual_stages={flat['pipeline.virtual_stages']} needs the interleaved schedule, "
             "which is not built yet; use 1"
         )
+    if flat["train.compile"] and flat["train.recompute"] == "selective":
+        raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
         if flat[key] is not None and (not flat[key] or min(flat[key]) < 1):
             raise ConfigError(f"{key}={show(flat[key])} must be 1 or more for each stage, or null")

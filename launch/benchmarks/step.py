@@ -2,14 +2,14 @@
 
 All sides load the same teacher and student folders, take the same rows in the same micro-batches, minimise the forward
 KL to the teacher alone (TRL's trainers have no hard term), clip to norm 1, and step fused AdamW; one thread each. The
-sides take turns, a step each; that their first losses agree is checked. Two settings are compared:
-
-- `full`: every layer is computed again in backward, on both sides (TRL's own default, `gradient_checkpointing`);
-- `selective`: TRL keeps all activations, this project keeps the linears' outputs and computes the rest again.
+sides take turns, a step each; that their first losses agree is checked. The peers:
 
 - `TRL GKDTrainer`: off-policy (lmbda 0, beta 0), the trainer for this task. Its loss has no temperature, so both run at 1.
 - `TRL DistillationTrainer`: chunked loss. It only trains on what the student generates, so it is given the rows in place
   of the generation (`_trl_peer.py`).
+
+The option `recompute` says what backward computes again: `full` every layer, on both sides, as TRL does by default
+(`gradient_checkpointing`); `selective` here all but the linears, while TRL keeps all activations; `none` nothing.
 
 Time is seconds a token (median step over tokens fed), without data loading. Memory is a process's peak during a step,
 less what it held before the models and less the bytes of both models' weights and the student's two moments: gradients,
@@ -18,8 +18,8 @@ activations, and the loss. The first step is not counted. Reads /proc, so Linux 
 TRL lives in a virtual environment of its own, `.venv-trl`, made here when it is missing.
 
 Options: `teacher`, `student` (folders; by default random ones: SmolLM2-135M's shape, and the same with 0.6 of its FFN
-channels), `rows` (4) in a step, `microbatch` (4), `seq_len` (512), `recompute` (["full", "selective"]; `none` keeps all on
-both sides), `dtype` (float32), `steps` (3), `threads` (1), `trainers` (["gkd", "distillation"]).
+channels), `rows` (4) in a step, `microbatch` (4), `seq_len` (512), `recompute` (["full"]), `dtype`
+(float32), `steps` (3), `threads` (1), `trainers` (["gkd", "distillation"]).
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
         ConfigError: an unknown option or trainer, or rows that the micro-batches do not divide.
     """
     options = dict(options)
-    trainers, modes = options.pop("trainers", list(_PEERS)), options.pop("recompute", ["full", "selective"])
+    trainers, modes = options.pop("trainers", list(_PEERS)), options.pop("recompute", ["full"])
     known = {field.name for field in fields(_Job)} - {"data", "trainer", "lr", "temperature"}
     for name in options:
         if name not in known:

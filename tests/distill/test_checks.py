@@ -54,6 +54,8 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas=[0.9,1.0] must each be 0 or more and less than 1"),
         ({"optimizer": {"warmup_steps": 5}, "train": {"steps": 4}}, "optimizer.warmup_steps=5 is more than train.steps=4"),
         ({"train": {"dtype": "float16"}}, "train.dtype=float16 is not known; use bfloat16, float32 or float64"),
+        ({"train": {"compile": True, "recompute": "selective"}}, "train.compile=true does not go with train.recompute"),
+        ({"pipeline": {"student_layers": [3, 0]}}, "pipeline.student_layers=[3,0] must be 1 or more for each stage"),
         ({"train": {"steps": 0}}, "train.steps=0 must be greater than 0"),
         ({"checkpoint": {"every": -1}}, "checkpoint.every=-1 must be 0 or more"),
         ({"checkpoint": {"resume": "nowhere"}}, "checkpoint.resume=nowhere is no folder; use auto, none or"),

@@ -112,7 +112,7 @@ def test_recomputing_activations_changes_nothing(
 def test_compiling_the_layers_changes_nothing(
     folders: dict[str, str], references: dict[str, Trajectory]
 ) -> None:
-    for pp, tp, recompute in ((2, 1, "selective"), (1, 2, "none")):
+    for pp, tp, recompute in ((2, 1, "full"), (1, 2, "none")):
         _run(
             [Case(pp, 1, tp, "1f1b", "inline", "tied", 4, recompute=recompute, compiled=True)],
             folders,
