@@ -271,3 +271,16 @@ def _is_local(name: str) -> bool:
     """Whether a name can only be a path: hub ids are `name` or `owner/name`, without a suffix of a text or weight file."""
     suffixes = (".gguf", ".txt", ".md", ".jsonl", ".json", ".parquet")
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith((*suffixes, "/"))
+
+
+def not_finite(config: Config, key: str, what: str) -> ConfigError:
+    """Return the error for a model that computes no finite numbers.
+
+    Args:
+        key: the setting that names the model.
+        what: where it showed.
+    """
+    return ConfigError(
+        f"{key}={flatten(config_to_dict(config))[key]}: {what}; its weights hold NaN or infinity, or overflow in "
+        f"train.dtype={config.train.dtype}; use another model or a wider dtype"
+    )

@@ -40,9 +40,10 @@ from torch import Tensor
 from distill.atomic import build_once
 from distill.config import ConfigError
 from distill.scores import Scores
-from distill.shape import Shape, on_meta, student_config
+from distill.shape import Shape, student_config
 from distill.structure import Kept, Layout, Sizes, Unit, cut, layout_of, student_name
 from distill.weight_files import check_weight_files
+from parallel.model import build_meta_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -180,7 +181,7 @@ def prune_checkpoint(
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it or name another folder for the pruned student")
     student = student_config(config, kept)
-    models = on_meta(config), on_meta(student)
+    models = build_meta_model(config), build_meta_model(student)
     if not student.architectures:
         student.architectures = [type(models[1]).__name__]
     jobs = _jobs(source, models, kept)

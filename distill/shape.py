@@ -23,6 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from distill.config import ConfigError, Prune
 from distill.structure import Kept, Sizes, cut_shape, layout_of, student_name
+from parallel.model import build_meta_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -232,14 +233,6 @@ def _cut_layer_lists(values: dict[str, Any], layers: tuple[int, ...], num_layers
     return changes
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal LM of a config without memory for its parameters."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def student_config(config: PretrainedConfig, kept: Kept) -> PretrainedConfig:
     """Return the config of the student that keeps `kept`, checked against the shapes of all parameters.
 
@@ -267,7 +260,7 @@ def student_config(config: PretrainedConfig, kept: Kept) -> PretrainedConfig:
         raise ConfigError(
             f"student.prune: {type(config).__name__} refuses the student: {error.__cause__ or error}"
         ) from error
-    _check_parameters(on_meta(config), on_meta(student), sizes, kept)
+    _check_parameters(build_meta_model(config), build_meta_model(student), sizes, kept)
     return student
 
 

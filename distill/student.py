@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from distill.config import Config, ConfigError
+from distill.checks import not_finite
+from distill.config import Config
 from distill.data import IGNORE, MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
@@ -80,10 +81,7 @@ def prune_teacher(
     try:
         scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
     except ValueError as error:
-        raise ConfigError(
-            f"teacher.model={config.teacher.model}: {error}; its weights hold NaN or infinity, or overflow in "
-            f"train.dtype={config.train.dtype}; use another model or a wider dtype"
-        ) from error
+        raise not_finite(config, "teacher.model", str(error)) from error
     if mesh.world.is_first:
         kept = choose(scores, teacher_config, shape)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distill.checks import not_finite
 from distill.config import Config, ConfigError
 from distill.deploy.export import export_student, model_card
 from distill.evaluate import Quality, evaluate, num_parameters
@@ -175,13 +176,9 @@ def _check_finite(config: Config, who: str, quality: Quality) -> None:
     """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
     if math.isfinite(quality.loss) and math.isfinite(quality.kl):
         return
-    is_ready = who == "student" and config.student.model is not None
-    key, name = (
-        ("student.model", config.student.model) if is_ready else ("teacher.model", config.teacher.model)
-    )
-    raise ConfigError(
-        f"{key}={name}: the {who}'s loss on the held-out text is {quality.loss}, its KL {quality.kl}; its weights hold "
-        f"NaN or infinity, or overflow in train.dtype={config.train.dtype}; use another model or a wider dtype"
+    key = "student.model" if who == "student" and config.student.model is not None else "teacher.model"
+    raise not_finite(
+        config, key, f"the {who}'s loss on the held-out text is {quality.loss}, its KL {quality.kl}"
     )
 
 

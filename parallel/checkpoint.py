@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from parallel.collectives import barrier, broadcast_object, gather_objects
 from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
+from parallel.weights import Entry
 
 MANIFEST = "manifest.json"
 
@@ -47,6 +48,11 @@ class Manifest:
 
 def _file_name(mesh: Mesh) -> str:
     return f"stage-{mesh.pp.rank:03d}-tp-{mesh.tp.rank:02d}.safetensors"
+
+
+def _tensor_name(kind: str, entry: Entry) -> str:
+    """Name a parameter's master or moment; both ends of a tie have their own."""
+    return f"{kind}/{entry.name}{'@tied' if entry.is_tied_copy else ''}"
 
 
 def _layout(mesh: Mesh) -> dict[str, int]:
@@ -75,7 +81,7 @@ def save(
     if mesh.dp.is_first:
         path = temporary / _file_name(mesh)
         tensors = {
-            f"{name}/{entry.name}{'@tied' if entry.is_tied_copy else ''}": view.detach().cpu().clone()
+            _tensor_name(name, entry): view.detach().cpu().clone()
             for entry, views in optimizer.state()
             for name, view in views.items()
         }
@@ -189,7 +195,7 @@ def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
             left = set(file.keys())
             for entry, views in optimizer.state():
                 for name, view in views.items():
-                    key = f"{name}/{entry.name}{'@tied' if entry.is_tied_copy else ''}"
+                    key = _tensor_name(name, entry)
                     if key not in left:
                         raise CheckpointError(f"{path} has no tensor {key!r}; it belongs to another student")
                     tensor = file.get_tensor(key)

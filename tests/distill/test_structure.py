@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from distill.config import ConfigError
-from distill.shape import on_meta
 from distill.structure import Kept, Layout, Sizes, Unit, cut, cut_shape, kept_indices, layout_of, student_name
+from parallel.model import build_meta_model
 from tests.families import FAMILIES, tiny_config
 
 SIZES = Sizes(hidden=6, ffn=5, heads=4, groups=2, head_width=3, vocabulary=11, layers=3)
@@ -26,7 +26,7 @@ KEPT = Kept(
 def test_every_parameter_of_the_family_is_known(family: str) -> None:
     config = tiny_config(family)
     sizes = Sizes.of(config)
-    for name, parameter in on_meta(config).named_parameters():
+    for name, parameter in build_meta_model(config).named_parameters():
         layout = layout_of(name, tuple(parameter.shape), sizes)
         assert len(layout.dims) == parameter.ndim
         assert cut_shape(layout, sizes, Kept.everything(sizes)) == tuple(parameter.shape)
@@ -37,7 +37,7 @@ def test_size_decides_what_a_head_norm_runs_over() -> None:
     dims = {
         family: layout_of(
             "model.layers.1.self_attn.k_norm.weight",
-            (on_meta(tiny_config(family)).model.layers[1].self_attn.k_norm.weight.numel(),),
+            (build_meta_model(tiny_config(family)).model.layers[1].self_attn.k_norm.weight.numel(),),
             Sizes.of(tiny_config(family)),
         ).dims
         for family in ("qwen3", "olmo2")
