@@ -11,7 +11,7 @@ Letters: B rows of a micro-batch, S positions of a row, R rows of a corpus, G ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ __all__ = [
     "MicroBatch",
     "Row",
     "Rows",
+    "Window",
     "load_rows",
     "num_valid_tokens",
     "sequential_microbatches",
@@ -171,6 +172,29 @@ class Batches:
         # Philox is keyed: epochs are independent streams, and no generator state has to be saved.
         key = np.array([self.seed, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.rows))
+
+
+class Window:
+    """The micro-batches of a few steps on a device: from the one that runs to as far as someone looks ahead.
+
+    Args:
+        batches: the micro-batches of an optimizer step, such as `Batches.step`.
+        device: where they are needed.
+    """
+
+    def __init__(self, batches: Callable[[int], Sequence[MicroBatch]], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._steps: dict[int, list[MicroBatch]] = {}
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Return the micro-batches of an optimizer step."""
+        if step not in self._steps:
+            self._steps[step] = [batch.to(self._device) for batch in self._batches(step)]
+        return self._steps[step]
+
+    def forget_before(self, step: int) -> None:
+        """Let go of the steps that are done."""
+        self._steps = {number: batches for number, batches in self._steps.items() if number >= step}
 
 
 def sequential_microbatches(

@@ -59,19 +59,23 @@ def evaluate(
     links: Links,
     microbatches: Sequence[MicroBatch],
     *,
-    student: StageModel | None = None,
+    students: Sequence[StageModel] = (),
     teacher: StageModel | None = None,
 ) -> Quality:
     """Judge the student against the teacher, or the one model that is given alone.
 
+    Args:
+        links: as `run_forward` takes them.
+        microbatches: this replica's share of the text.
+        students: this rank's stages of the student, in ascending order.
     Returns:
         The quality over all replicas' tokens, on every rank.
     Raises:
         ValueError: no token to judge.
     Collectives: those of the forward passes; one all-reduce over the world.
     """
-    judged, reference = (student, teacher) if student is not None else (teacher, None)
-    judged_kind = Kind.F if student is not None else Kind.K
+    judged, reference = (students[-1], teacher) if students else (teacher, None)
+    judged_kind = Kind.F if students else Kind.K
     sums = torch.zeros(5, dtype=torch.float64)
 
     def consume(batch: MicroBatch, hidden: dict[Kind, Tensor]) -> None:
@@ -90,7 +94,7 @@ def evaluate(
             )
         )
 
-    run_forward(mesh, links, microbatches, student=student, teacher=teacher, consume=consume)
+    run_forward(mesh, links, microbatches, students=students, teacher=teacher, consume=consume)
     total = (sums / mesh.tp.size).to(mesh.device)
     all_reduce_(total, mesh.world)
     nll, kl, agreement, correct, count = total.tolist()
@@ -106,10 +110,11 @@ def evaluate(
     )
 
 
-def num_parameters(stage: StageModel, mesh: Mesh) -> int:
+def num_parameters(stages: Sequence[StageModel], mesh: Mesh) -> int:
     """Return the parameters of the whole model, tied ones once. Collectives: one all-reduce over pp x tp."""
     count = sum(
         entry.parameter.numel()
+        for stage in stages
         for entry in parameter_table(stage)
         if not entry.is_tied_copy and (entry.shard is not None or mesh.tp.is_first)
     )

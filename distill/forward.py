@@ -1,7 +1,8 @@
 """Forward passes of student and teacher through the pipeline, without gradients: for evaluation and calibration.
 
 The same plan, links and executor as training, with `F` and `K` bound to stages that keep nothing. What happens with the
-last stage's hidden states is the caller's.
+last stage's hidden states is the caller's. The links must not be those of a training whose teacher is ahead: its
+messages would be taken for these.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from distill.data import MicroBatch
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.actions import Action, Kind
-from parallel.pipeline.executor import execute
+from parallel.pipeline.executor import Executor
 from parallel.pipeline.lower import add_communication
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.schedules import forward_only
@@ -28,7 +29,7 @@ def run_forward(
     links: Links,
     microbatches: Sequence[MicroBatch],
     *,
-    student: StageModel | None = None,
+    students: Sequence[StageModel] = (),
     teacher: StageModel | None = None,
     before: Callable[[MicroBatch], None] = lambda microbatch: None,
     consume: Consume = lambda microbatch, hidden: None,
@@ -38,40 +39,46 @@ def run_forward(
     Args:
         links: channels for F (student) and K (teacher), as far as the models are given.
         microbatches: the same number on every replica.
+        students: this rank's stages of the student, in ascending order.
         before: called on every stage before it runs a model on a micro-batch.
         consume: called on the last stage with the final hidden states [B, S, D] by kind (F student, K teacher).
     Collectives: those of the stages over tp, and messages over pp.
     """
-    models = {kind: model for kind, model in ((Kind.F, student), (Kind.K, teacher)) if model is not None}
-    stages = {kind: ForwardStage(model) for kind, model in models.items()}
+    size, rank = mesh.pp.size, mesh.pp.rank
+    stages = {(Kind.F, chunk * size + rank): ForwardStage(model) for chunk, model in enumerate(students)}
+    if teacher is not None:
+        stages[Kind.K, rank] = ForwardStage(teacher)
+    kinds = {kind for kind, _ in stages}
     done: dict[int, dict[Kind, Tensor]] = {}
 
     def forward(action: Action) -> None:
-        kind, index = action.kind, action.microbatch
-        model, batch, part = models[kind], microbatches[index], action.slice or 0
+        stage, kind, index, _ = action
+        running, batch, part = stages[kind, stage], microbatches[index], action.slice or 0
+        model = running.model
         before(batch)
         x = None
         if part == 0:
-            x = batch.input_ids_BS if model.is_first else links.inbox.pop((kind, index))
-        hidden = stages[kind].forward(index, x, batch.position_ids_BS, part=part)
+            x = batch.input_ids_BS if model.is_first else links.take(kind, stage, index)
+        hidden = running.forward(index, x, batch.position_ids_BS, part=part)
         if hidden is None:
             return
+        if not model.is_first:
+            links.release(kind, stage, index)
         if not model.is_last:
-            links.outbox[kind, index] = hidden
+            links.put(kind, stage, index, hidden)
             return
         done.setdefault(index, {})[kind] = hidden
-        if done[index].keys() == models.keys():
+        if done[index].keys() == kinds:
             consume(batch, done.pop(index))
 
     plan = forward_only(
-        num_ranks=mesh.pp.size,
+        num_ranks=size,
         num_microbatches=len(microbatches),
-        student=student is not None,
+        student=bool(students),
         teacher=teacher is not None,
         num_slices=teacher.num_slices if teacher is not None else 1,
+        virtual_stages=len(students) or 1,
     )
-    actions = add_communication(plan).ranks[mesh.pp.rank]
-    links.begin(actions)
-    handlers = {Kind.F: forward, Kind.K: forward, **links.handlers()}
-    execute(actions, handlers, rank=mesh.pp.rank, place=mesh.describe())
-    links.finish()
+    executor = Executor({Kind.F: forward, Kind.K: forward}, links, rank=rank, place=mesh.describe())
+    executor.run(add_communication(plan), first_microbatch=0)
+    executor.close()

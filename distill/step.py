@@ -2,22 +2,25 @@
 
 Decides what each kind of action means: `F` and `B`/`W` are the student's, `K` is a slice of the teacher (only this file
 knows that), and on the last stage `B` begins with both heads and the loss. The order is the plan's, the
-micro-batches are the caller's. Teacher outputs are looked up by micro-batch, never "the latest". The loss is
-divided by one number, the valid tokens of the whole step, known before the first backward.
+micro-batches are the caller's and are numbered over the whole run, since the teacher looks ahead over the end of a step.
+Teacher outputs are looked up by micro-batch, never "the latest". The loss is divided by one number, the valid tokens
+of the whole step, known before the first backward.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distill.config import Loss
-from distill.data import MicroBatch
+from distill.data import MicroBatch, Window
 from distill.losses import Head, fused_distillation_loss
 from parallel.collectives import all_reduce_
 from parallel.gradients import grad_target
@@ -25,7 +28,8 @@ from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import StageOptimizer
 from parallel.pipeline.actions import Action, Kind, Plan
-from parallel.pipeline.executor import execute
+from parallel.pipeline.course import Course
+from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import Links, Message
 from parallel.pipeline.simulate import OCCUPYING, Event
 from parallel.pipeline.stage import ForwardStage, TrainStage
@@ -77,126 +81,177 @@ class StepStats:
 class _Progress:
     """What changes while a step runs."""
 
-    microbatches: Sequence[MicroBatch]
-    num_valid_tokens: int
     step: int
+    num_valid_tokens: Future[int]
     hard: Tensor
     soft: Tensor
     norm: Tensor | None = None
     learning_rate: float = 0.0
+    early: list[Future[None]] = field(default_factory=list)
+    """Reductions of buckets that were started inside a backward."""
 
 
 class DistillationStep:
-    """Runs optimizer steps of one rank by a lowered plan.
+    """Runs optimizer steps of one rank by the plans of a course.
 
     Args:
         mesh: where this rank stands.
-        student, teacher: this rank's stages; the teacher may be None when the loss is the hard one alone.
-        optimizer: of the student's stage.
-        plan: lowered; its rank `mesh.pp.rank` is run.
+        students: this rank's stages of the student, in ascending order.
+        teacher: this rank's stage; may be None when the loss is the hard one alone.
+        optimizer: of the student's stages.
+        course: the plans of each step.
         loss: kind, temperature, alpha.
         links: channels to the neighbour stages.
+        batches: the micro-batches of an optimizer step, on this replica; asked ahead of the step.
     """
 
     def __init__(
         self,
         *,
         mesh: Mesh,
-        student: StageModel,
+        students: Sequence[StageModel],
         teacher: StageModel | None,
         optimizer: StageOptimizer,
-        plan: Plan,
+        course: Course,
         loss: Loss,
         links: Links,
+        batches: Callable[[int], Sequence[MicroBatch]],
     ) -> None:
-        self.mesh, self.loss, self.links, self.optimizer = mesh, loss, links, optimizer
-        self.student_model, self.teacher_model = student, teacher
-        self.student = TrainStage(student)
+        self.mesh, self.loss, self.links, self.optimizer, self.course = mesh, loss, links, optimizer, course
+        self.student_models, self.teacher_model = students, teacher
+        self.students = {
+            chunk * mesh.pp.size + mesh.pp.rank: TrainStage(model) for chunk, model in enumerate(students)
+        }
         self.teacher = ForwardStage(teacher) if teacher is not None else None
-        self.actions, self.num_microbatches = plan.ranks[mesh.pp.rank], plan.shape.num_microbatches
-        self._whole = whole_backwards(self.actions)
+        self._window = Window(batches, mesh.device)
+        self._whole: frozenset[Action] = frozenset()
         self._student_hidden: dict[int, Tensor] = {}
         self._signals: dict[int, Tensor] = {}
+        self.most_signals = 0
+        """Teacher outputs that have waited here at once, at most."""
         self.last_events: list[Event] = []
         """This rank's actions of the last step with their times."""
-        self._handlers = {
+        self.last_plan: Plan | None = None
+        """The plan by which the last step ran."""
+        handlers = {
             Kind.F: self._forward,
             Kind.B: self._backward,
             Kind.W: self._backward_weight,
             Kind.K: self._teacher_forward,
-            Kind.REDUCE: lambda action: self.optimizer.reduce(),
+            Kind.REDUCE: self._reduce,
             Kind.NORM: self._norm,
             Kind.STEP: self._step,
-            Kind.GATHER: lambda action: self.optimizer.gather(),
-            **links.handlers(),
+            Kind.GATHER: self._gather,
         }
+        self._executor = Executor(handlers, links, rank=mesh.pp.rank, place=mesh.describe())
 
-    def __call__(self, step: int, microbatches: Sequence[MicroBatch]) -> StepStats:
-        """Run optimizer step `step` on this replica's micro-batches.
+    def __call__(self, step: int) -> StepStats:
+        """Run optimizer step `step`, and what the teacher does ahead in it.
 
         Collectives: all-reduce of the token count over dp; those of the plan; all-reduce of the statistics over the world.
         """
-        assert len(microbatches) == self.num_microbatches, (len(microbatches), self.num_microbatches)
         start_s = time.perf_counter()
+        self._window.forget_before(step)
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self._now = _Progress(
-            microbatches, self._count_tokens(microbatches), step, zero.clone(), zero.clone()
-        )
+        tokens = sum(batch.num_valid_tokens for batch in self._window.step(step))
+        count = self._executor.beside(lambda: self._count_tokens(tokens))
+        self._now = _Progress(step, count, zero.clone(), zero.clone())
         self.optimizer.zero_grad()
-        self.links.begin(self.actions)
-        self.last_events = execute(
-            self.actions, self._handlers, rank=self.mesh.pp.rank, place=self.mesh.describe()
-        )
-        self.links.finish()
-        assert not self._signals and not self._student_hidden and not self.student.num_kept
-        return self._stats(time.perf_counter() - start_s)
+        busy_s = 0.0
+        for plan, first_microbatch in self.course.of(step):
+            self.last_plan, self._num_microbatches = plan, plan.shape.num_microbatches
+            self._first_microbatch = first_microbatch
+            actions = plan.ranks[self.mesh.pp.rank]
+            self._whole = whole_backwards(actions)
+            last = max((each.microbatch for each in actions if each.microbatch is not None), default=0)
+            for ahead in range(step, (first_microbatch + last) // self._num_microbatches + 1):
+                # Before anything runs that could wait for the copy on a GPU.
+                self._window.step(ahead)
+            self.last_events = self._executor.run(plan, first_microbatch=first_microbatch)
+            busy_s += sum(
+                event.end_s - event.start_s for event in self.last_events if event.action.kind in OCCUPYING
+            )
+        kept = [stage for stage in self.students.values() if stage.num_kept]
+        assert not kept and not self._student_hidden and all(key >= self._end for key in self._signals)
+        return self._stats(time.perf_counter() - start_s, busy_s)
 
-    def _count_tokens(self, microbatches: Sequence[MicroBatch]) -> int:
-        count = torch.tensor(sum(batch.num_valid_tokens for batch in microbatches), device=self.mesh.device)
-        all_reduce_(count, self.mesh.dp)
+    def close(self) -> None:
+        """End the background thread."""
+        self._executor.close()
+
+    @property
+    def _end(self) -> int:
+        """Number in the run of the first micro-batch after the step."""
+        return (self._now.step + 1) * self._num_microbatches
+
+    def _count_tokens(self, num_valid_tokens: int) -> int:
+        count = torch.tensor(num_valid_tokens, device=self.mesh.device)
+        all_reduce_(count, self.mesh.gradients.dp)
         return int(count)
 
+    def _microbatch(self, number: int) -> MicroBatch:
+        step, index = divmod(number, self._num_microbatches)
+        return self._window.step(step)[index]
+
     def _forward(self, action: Action) -> None:
-        microbatch = action.microbatch
-        batch = self._now.microbatches[microbatch]
-        x = batch.input_ids_BS if self.student_model.is_first else self.links.inbox.pop((Kind.F, microbatch))
-        hidden = self.student.forward(microbatch, x, batch.position_ids_BS)
-        if self.student_model.is_last:
+        stage, microbatch = action.stage, action.microbatch
+        model, batch = self.students[stage].model, self._microbatch(microbatch)
+        x = batch.input_ids_BS if model.is_first else self.links.take(Kind.F, stage, microbatch)
+        hidden = self.students[stage].forward(microbatch, x, batch.position_ids_BS)
+        if model.is_last:
             self._student_hidden[microbatch] = hidden
         else:
-            self.links.outbox[Kind.F, microbatch] = hidden
+            self.links.put(Kind.F, stage, microbatch, hidden)
 
     def _backward(self, action: Action) -> None:
-        microbatch = action.microbatch
-        if self.student_model.is_last:
-            grad = self._loss(microbatch)
+        stage, microbatch = action.stage, action.microbatch
+        student = self.students[stage]
+        if student.model.is_last:
+            grad = self._loss(student.model, microbatch)
         else:
-            grad = self.links.inbox.pop((Kind.B, microbatch))
-        backward = self.student.backward if action in self._whole else self.student.backward_input
-        grad_input = backward(microbatch, grad)
+            grad = self.links.take(Kind.B, stage, microbatch)
+        if not self._is_whole(action):
+            grad_input = student.backward_input(microbatch, grad)
+        elif microbatch == self._end - 1 and self.mesh.dp.size > 1:
+            grad_input = student.backward(microbatch, grad, layer_done=self._reduce_early(stage))
+        else:
+            grad_input = student.backward(microbatch, grad)
         if grad_input is not None:
-            self.links.outbox[Kind.B, microbatch] = grad_input
+            self.links.put(Kind.B, stage, microbatch, grad_input)
 
     def _backward_weight(self, action: Action) -> None:
-        if action._replace(kind=Kind.B) not in self._whole:
-            self.student.backward_weight(action.microbatch)
+        stage, microbatch = action.stage, action.microbatch
+        student = self.students[stage]
+        if not self._is_whole(action._replace(kind=Kind.B)):
+            student.backward_weight(microbatch)
+        # Until here weight gradients may have looked at what the neighbours sent.
+        if not student.model.is_first:
+            self.links.release(Kind.F, stage, microbatch)
+        if not student.model.is_last:
+            self.links.release(Kind.B, stage, microbatch)
 
-    def _loss(self, microbatch: int) -> Tensor:
+    def _is_whole(self, action: Action) -> bool:
+        return action._replace(microbatch=action.microbatch - self._first_microbatch) in self._whole
+
+    def _loss(self, student: StageModel, microbatch: int) -> Tensor:
         """Run both heads and the loss on a micro-batch; return the gradient of the student's hidden state."""
         hidden_BSD = self._student_hidden.pop(microbatch)
         signal_BSE = self._signals.pop(microbatch, None)
-        head = self.student_model.head
+        if signal_BSE is not None and signal_BSE.is_cuda:
+            # Made on the teacher's stream; its memory must not go back there before this one has read it.
+            signal_BSE.record_stream(torch.cuda.current_stream(signal_BSE.device))
+        head = student.head
         trains = head.weight.requires_grad
         result = fused_distillation_loss(
             hidden_BSD.flatten(0, 1),
-            head_of(self.student_model),
+            head_of(student),
             None if signal_BSE is None else signal_BSE.flatten(0, 1),
             None if self.teacher_model is None else head_of(self.teacher_model),
-            self._now.microbatches[microbatch].labels_BS.flatten(),
+            self._microbatch(microbatch).labels_BS.flatten(),
             kind=self.loss.kind,
             temperature=self.loss.temperature,
             alpha=self.loss.alpha,
-            num_valid_tokens=max(1, self._now.num_valid_tokens),
+            num_valid_tokens=max(1, self._now.num_valid_tokens.result()),
             tp=self.mesh.tp,
             grad_weight_out_VD=grad_target(head.weight) if trains else None,
             grad_bias_out_V=grad_target(head.bias) if trains and head.bias is not None else None,
@@ -206,33 +261,60 @@ class DistillationStep:
         return result.grad_hidden_TD.view_as(hidden_BSD)
 
     def _teacher_forward(self, action: Action) -> None:
-        microbatch, part = action.microbatch, action.slice or 0
-        batch = self._now.microbatches[microbatch]
+        stage, microbatch, part = action.stage, action.microbatch, action.slice or 0
+        batch, teacher = self._microbatch(microbatch), self.teacher_model
         x = None
         if part == 0:
-            x = (
-                batch.input_ids_BS
-                if self.teacher_model.is_first
-                else self.links.inbox.pop((Kind.K, microbatch))
-            )
+            x = batch.input_ids_BS if teacher.is_first else self.links.take(Kind.K, stage, microbatch)
         hidden = self.teacher.forward(microbatch, x, batch.position_ids_BS, part=part)
         if hidden is None:
             return
-        if self.teacher_model.is_last:
+        if not teacher.is_first:
+            self.links.release(Kind.K, stage, microbatch)
+        if teacher.is_last:
             self._signals[microbatch] = hidden
+            self.most_signals = max(self.most_signals, len(self._signals))
         else:
-            self.links.outbox[Kind.K, microbatch] = hidden
+            self.links.put(Kind.K, stage, microbatch, hidden)
+
+    def _reduce_early(self, stage: int) -> Callable[[int], None]:
+        """Return what starts the reduction of a bucket when a backward has completed the last of its layers."""
+        chunk = stage // self.mesh.pp.size
+        missing = [set(bucket.layers) for bucket in self.optimizer.buckets(chunk)]
+
+        def layer_done(layer: int) -> None:
+            for index, layers in enumerate(missing):
+                if layer in layers:
+                    layers.remove(layer)
+                    if not layers:
+                        reduce = partial(self.optimizer.reduce_bucket, chunk, index)
+                        self._now.early.append(self._executor.beside(reduce))
+
+        return layer_done
+
+    def _reduce(self, action: Action) -> None:
+        self.optimizer.reduce(action.stage // self.mesh.pp.size)
 
     def _norm(self, action: Action) -> None:
-        self._now.norm = self.optimizer.norm()
+        if self._ends_the_rank(action):
+            for future in self._now.early:
+                # Done by now, since reductions run in order; this raises what went wrong.
+                future.result()
+            self._now.norm = self.optimizer.norm()
 
     def _step(self, action: Action) -> None:
-        self._now.learning_rate = self.optimizer.step(self._now.step, self._now.norm)
+        if self._ends_the_rank(action):
+            self._now.learning_rate = self.optimizer.step(self._now.step, self._now.norm)
 
-    def _stats(self, step_s: float) -> StepStats:
-        busy_s = sum(
-            event.end_s - event.start_s for event in self.last_events if event.action.kind in OCCUPYING
-        )
+    def _gather(self, action: Action) -> None:
+        if self._ends_the_rank(action):
+            self.optimizer.gather()
+
+    def _ends_the_rank(self, action: Action) -> bool:
+        """Whether an action at the end of the step is that of the rank's last stage: the optimizer takes all at once."""
+        return action.stage == max(self.students)
+
+    def _stats(self, step_s: float, busy_s: float) -> StepStats:
         mine = torch.stack([self._now.hard, self._now.soft]) / self.mesh.tp.size
         report = torch.cat([mine.cpu(), torch.tensor([max(0.0, 1 - busy_s / step_s)], dtype=torch.float64)])
         report = report.to(self.mesh.device)
@@ -244,7 +326,7 @@ class DistillationStep:
             total=self.loss.alpha * hard + (1 - self.loss.alpha) * soft,
             grad_norm=self._now.norm.item(),
             learning_rate=self._now.learning_rate,
-            num_valid_tokens=self._now.num_valid_tokens,
+            num_valid_tokens=self._now.num_valid_tokens.result(),
             step_s=step_s,
             bubble_fraction=idle / self.mesh.world.size,
         )

@@ -2,11 +2,11 @@
 
     checkpoints/step-00000120/
       manifest.json                 step, layout, fingerprint of the model, size of each file, the caller's extras
-      stage-000-tp-00.safetensors   for each parameter of the stage: master weight and both moments, local shards
+      stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
 folder. Data-parallel replicas are equal, so only dp rank 0 writes. The teacher is not in it. Only JSON and safetensors
-are read. Restores into the same pp and tp; the data-parallel size is free.
+are read. Restores into the same pp, tp and stages a rank; the data-parallel size is free.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
 
 MANIFEST = "manifest.json"
+_OTHER = "it belongs to another student, or its layers were split over the stages in another way"
 
 
 class CheckpointError(ValueError):
@@ -41,6 +42,7 @@ class Manifest:
     step: int
     """Optimizer steps done."""
     layout: dict[str, int]
+    """The settings that decide what lies in which file, by key."""
     files: dict[str, int]
     """File name -> bytes."""
     extras: dict[str, Any]
@@ -55,8 +57,12 @@ def _tensor_name(kind: str, entry: Entry) -> str:
     return f"{kind}/{entry.name}{'@tied' if entry.is_tied_copy else ''}"
 
 
-def _layout(mesh: Mesh) -> dict[str, int]:
-    return {"pp": mesh.pp.size, "tp": mesh.tp.size}
+def _layout(mesh: Mesh, optimizer: StageOptimizer) -> dict[str, int]:
+    return {
+        "mesh.pp": mesh.pp.size,
+        "mesh.tp": mesh.tp.size,
+        "pipeline.virtual_stages": optimizer.num_chunks,
+    }
 
 
 def save(
@@ -91,7 +97,7 @@ def save(
     reports = gather_objects(written, mesh.world)
     if mesh.world.is_first:
         files = {name: size for report in reports for name, size in report.items()}
-        manifest = {"step": step, "layout": _layout(mesh), "files": files, "extras": extras}
+        manifest = {"step": step, "layout": _layout(mesh, optimizer), "files": files, "extras": extras}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         _sync(temporary / MANIFEST)
         shutil.rmtree(final, ignore_errors=True)
@@ -165,7 +171,7 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
     """Load this rank's masters and moments, bit for bit, and refresh the parameters.
 
     Raises:
-        CheckpointError: another pp or tp, a broken file, a tensor that is missing, left over or of another shape; a
+        CheckpointError: another layout, a broken file, a tensor that is missing, left over or of another shape; a
             rank whose own file is sound raises another rank's.
     Collectives: a gather of errors over the world.
     """
@@ -183,10 +189,10 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
 @torch.no_grad()
 def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
     manifest = read_manifest(folder)
-    if manifest.layout != _layout(mesh):
+    layout = _layout(mesh, optimizer)
+    if manifest.layout != layout:
         wanted, here = (
-            ", ".join(f"mesh.{k}={v}" for k, v in layout.items())
-            for layout in (manifest.layout, _layout(mesh))
+            ", ".join(f"{key}={value}" for key, value in each.items()) for each in (manifest.layout, layout)
         )
         raise CheckpointError(f"{folder} was written with {wanted}; this run has {here}; use the same layout")
     path = folder / _file_name(mesh)
@@ -197,7 +203,7 @@ def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
                 for name, view in views.items():
                     key = _tensor_name(name, entry)
                     if key not in left:
-                        raise CheckpointError(f"{path} has no tensor {key!r}; it belongs to another student")
+                        raise CheckpointError(f"{path} has no tensor {key!r}; {_OTHER}")
                     tensor = file.get_tensor(key)
                     if tensor.shape != view.shape:
                         raise CheckpointError(
@@ -209,7 +215,7 @@ def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if left:
         raise CheckpointError(
-            f"{path} holds tensors that this student does not have: {', '.join(sorted(left)[:4])}"
+            f"{path} holds tensors that this rank does not have: {', '.join(sorted(left)[:4])}; {_OTHER}"
         )
     optimizer.set_step(manifest.step)
     return manifest

@@ -1,9 +1,11 @@
 """The mesh: which rank stands where, and the process groups between ranks.
 
 Decides the order of the axes, slowest to fastest `pp, dp, tp`: rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank.
-Tensor-parallel ranks are neighbours because they talk most. Assumes that `torch.distributed` is initialised before
-`Mesh.create`; `Mesh.single()` needs nothing and runs the same code paths with groups of one. Does not hold any
-state beside the groups, and nothing in the project looks a mesh up: it is always an argument.
+Tensor-parallel ranks are neighbours because they talk most. Gradients are reduced on a thread beside the one that computes,
+and two threads must not use one group (their calls could meet in another order on another rank), so what is reduced at
+the end of a step has groups of its own, even where the ranks are the same. Assumes that `torch.distributed` is
+initialised before `Mesh.create`; `Mesh.single()` needs nothing and runs the same code paths with groups of one. Does not
+hold any state beside the groups, and nothing in the project looks a mesh up: it is always an argument.
 """
 
 from __future__ import annotations
@@ -67,11 +69,14 @@ class _Groups:
 
     Every rank makes every group, in one order: torch numbers groups by how many a process has made, so a group that
     only its members make gets different names on ranks that have made different numbers of them, and hangs.
+
+    Args:
+        rank: this process.
+        made: groups that are there already, by their ranks.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank = rank
-        self._made = {tuple(range(world_size)): dist.group.WORLD}
+    def __init__(self, rank: int, made: dict[tuple[int, ...], dist.ProcessGroup]) -> None:
+        self._rank, self._made = rank, made
 
     def axis(self, name: str, sets: Sequence[tuple[int, ...]]) -> Axis:
         """Return the axis over the one of `sets` that this rank is in; alone if it is in none."""
@@ -85,6 +90,18 @@ class _Groups:
 
 
 @dataclass(frozen=True)
+class GradientAxes:
+    """The axes that the end of a step reduces over; they share no group with the axes that compute."""
+
+    dp: Axis
+    tp: Axis
+    tie: Axis
+    """First and last rank of this pipeline: they share a tied embedding. Size 1 on the ranks between."""
+    model: Axis
+    """pp x tp: the ranks that hold one copy of the model (gradient norms)."""
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Where this rank stands: the three axes, and the unions of axes that some reductions run over."""
 
@@ -92,19 +109,17 @@ class Mesh:
     dp: Axis
     tp: Axis
     model: Axis
-    """pp x tp: the ranks that hold one copy of the model (gradient norms)."""
-    batch: Axis
-    """pp x dp: the ranks of one tensor-parallel index (step statistics)."""
-    tie: Axis
-    """First and last stage of this replica: they share a tied embedding. Size 1 on the stages between."""
+    """pp x tp: the ranks that hold one copy of the model."""
     world: Axis
+    gradients: GradientAxes
     device: torch.device
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> Mesh:
         """Return the mesh of one process; needs no `torch.distributed`."""
-        names = ("pp", "dp", "tp", "model", "batch", "tie", "world")
-        return Mesh(*(Axis(name) for name in names), device=torch.device(device))
+        names = ("pp", "dp", "tp", "model", "world")
+        gradients = GradientAxes(*(Axis(name) for name in ("dp", "tp", "tie", "model")))
+        return Mesh(*(Axis(name) for name in names), gradients=gradients, device=torch.device(device))
 
     @staticmethod
     def create(*, pp: int, dp: int, tp: int, device: str | torch.device = "cpu") -> Mesh:
@@ -115,33 +130,49 @@ class Mesh:
             device: where this rank computes.
         Raises:
             ValueError: the product is not the world size.
-        Collectives: creates one group for each set of ranks that is no axis of one (made on all ranks).
+        Collectives: creates one group for each set of ranks that is no axis of one, and a second one for the axes of
+            gradients (all made on all ranks); one all-reduce of one element over each of those.
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if pp * dp * tp != world_size:
             raise ValueError(
                 f"mesh pp={pp} x dp={dp} x tp={tp} is {pp * dp * tp} ranks, the world has {world_size}"
             )
-        groups = _Groups(rank, world_size)
 
-        def along(name: str, *same: str) -> Axis:
-            sets: dict[tuple[int, ...], list[int]] = {}
+        def sets(*same: str) -> list[tuple[int, ...]]:
+            """Return the sets of ranks that agree in the axes `same`."""
+            found: dict[tuple[int, ...], list[int]] = {}
             for other in range(world_size):
                 place = coordinates_of(other, dp=dp, tp=tp)
-                sets.setdefault(tuple(getattr(place, axis) for axis in same), []).append(other)
-            return groups.axis(name, [tuple(ranks) for ranks in sets.values()])
+                found.setdefault(tuple(getattr(place, axis) for axis in same), []).append(other)
+            return [tuple(ranks) for ranks in found.values()]
 
+        groups = _Groups(rank, {tuple(range(world_size)): dist.group.WORLD})
+        apart = _Groups(rank, {})
         ends = [(ranks[0], ranks[-1]) for ranks in pipelines_of(pp=pp, dp=dp, tp=tp)] if pp > 1 else []
-        return Mesh(
-            pp=along("pp", "dp", "tp"),
-            dp=along("dp", "pp", "tp"),
-            tp=along("tp", "pp", "dp"),
-            model=along("model", "dp"),
-            batch=along("batch", "tp"),
-            tie=groups.axis("tie", ends),
-            world=along("world"),
+        mesh = Mesh(
+            pp=groups.axis("pp", sets("dp", "tp")),
+            dp=groups.axis("dp", sets("pp", "tp")),
+            tp=groups.axis("tp", sets("pp", "dp")),
+            model=groups.axis("model", sets("dp")),
+            world=groups.axis("world", sets()),
+            gradients=GradientAxes(
+                dp=apart.axis("dp", sets("pp", "tp")),
+                tp=apart.axis("tp", sets("pp", "dp")),
+                tie=apart.axis("tie", ends),
+                model=apart.axis("model", sets("dp")),
+            ),
             device=torch.device(device),
         )
+        mesh._connect()
+        return mesh
+
+    def _connect(self) -> None:
+        """Use the groups of gradients once: a connection made inside a step could wait for the other thread's work."""
+        axes = self.gradients
+        for axis in (axes.dp, axes.tp, axes.tie, axes.model):
+            if axis.size > 1:
+                dist.all_reduce(torch.zeros(1, device=self.device), group=axis.group)
 
     @property
     def pipelines(self) -> list[tuple[int, ...]]:

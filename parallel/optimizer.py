@@ -1,26 +1,30 @@
-"""The optimizer of one stage, over flat buffers, with a global gradient norm.
+"""The optimizer of one rank's stages, over flat buffers, with a global gradient norm.
 
-Decides where gradients and masters live. All trainable parameters of a stage are views into one flat buffer, their
+Decides where gradients and masters live. All trainable parameters of a rank are views into one flat buffer, their
 gradients are accumulated into a second one (`parameter.main_grad`), in float32 at least: a gradient summed over many
 micro-batches in bf16 would lose the small ones. bf16 parameters have a float32 master; float32 and float64 parameters
-are their own master. One all-reduce reduces a stage over dp, one fused AdamW call steps each run of the buffer.
+are their own master. A step allocates nothing but scalars.
 
-The order of parameters in the buffers puts those that the gradient norm counts on this rank first, so that shards are
-summed over all ranks, and replicated and tied parameters once. Gradients are sums, not means: the loss is already
+A rank holds one or more stages ("chunks"), each with a part of the buffers cut into buckets (`parallel.buckets`). A bucket
+is summed over dp in one call, whenever that is, so the parameters do not depend on when. The norm adds shards over all
+ranks, and replicated and tied parameters once, in a fixed order. Gradients are sums, not means: the loss is already
 divided by the global number of valid tokens.
 
-The four pieces are separate because a plan places them: `reduce`, `norm`, `step`, `gather`.
+The four pieces are separate because a plan places them: `reduce` (parts of it earlier, with `reduce_bucket`), `norm`,
+`step`, `gather`. The first two may run on a thread beside compute: they use the mesh's gradient axes only.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from parallel.buckets import Bucket, lay_out
 from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh
 from parallel.model import StageModel
@@ -63,129 +67,153 @@ class AdamWOptions:
     """Global gradient norm to clip to; 0 switches clipping off."""
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Where one parameter lies in the flat buffers."""
-
-    entry: Entry
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.entry.parameter.numel()
-
-    def view(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.stop].view(self.entry.parameter.shape)
-
-
 class StageOptimizer:
-    """AdamW for the trainable parameters of one stage.
+    """AdamW for the trainable parameters of one rank's stages.
 
     Args:
-        table: the stage's parameters (`weights.parameter_table`); frozen ones are left alone.
+        tables: each chunk's parameters (`weights.parameter_table`), stages ascending; frozen ones are left alone.
         mesh: axes of the reductions.
         options: hyperparameters.
         learning_rate: by step.
+        bucket_bytes: of gradients, from which on a bucket takes no further layer.
     Invariant: parameters are views into `self.flat`; between steps they equal the master in their own dtype.
     """
 
     def __init__(
-        self, table: list[Entry], mesh: Mesh, options: AdamWOptions, learning_rate: LearningRate
+        self,
+        tables: Sequence[list[Entry]],
+        mesh: Mesh,
+        options: AdamWOptions,
+        learning_rate: LearningRate,
+        *,
+        bucket_bytes: int = 25 * 1024**2,
     ) -> None:
         self.mesh, self.options, self.learning_rate = mesh, options, learning_rate
-        trainable = [entry for entry in table if entry.parameter.requires_grad]
-        ordered = sorted(trainable, key=self._run_key)
-        self.slots: list[_Slot] = []
-        for entry in ordered:
-            self.slots.append(_Slot(entry, self.slots[-1].stop if self.slots else 0))
-        self._allocate()
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": [run], "weight_decay": options.weight_decay if decays else 0.0}
-                for run, decays in self._runs()
-            ],
-            lr=learning_rate.peak,
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,
-        )
-        for group in self._adam.param_groups:
-            (run,) = group["params"]
-            zeros = {name: torch.zeros_like(run) for name in ("exp_avg", "exp_avg_sq")}
-            self._adam.state[run] = {"step": torch.zeros((), device=run.device), **zeros}
+        trainable = [[entry for entry in table if entry.parameter.requires_grad] for table in tables]
+        entries = [entry for table in trainable for entry in table]
+        assert entries, "a rank without trainable parameters has nothing to optimize"
+        tie = {entry.is_tied_copy for entry in entries if entry.is_tied_copy or entry.is_tied_source}
+        assert len(tie) < 2, "both ends of a tie on one rank: it needs two ranks, or one stage"
+        dtype = entries[0].parameter.dtype
+        main_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        self._chunks = lay_out(trainable, mesh.tp, bucket_bytes // main_dtype.itemsize)
+        self.slots = [slot for chunk in self._chunks for slot in chunk.slots]
+        self._reduced: set[tuple[int, int]] = set()
+        self._complete: set[int] = set()
+        self._allocate(dtype, main_dtype)
+        self._adam = self._make_adam()
 
     @staticmethod
-    def of_stage(
-        stage: StageModel, mesh: Mesh, options: AdamWOptions, learning_rate: LearningRate
+    def of_stages(
+        stages: Sequence[StageModel],
+        mesh: Mesh,
+        options: AdamWOptions,
+        learning_rate: LearningRate,
+        *,
+        bucket_bytes: int = 25 * 1024**2,
     ) -> StageOptimizer:
-        """Return the optimizer of everything that is trainable in a stage."""
-        return StageOptimizer(parameter_table(stage), mesh, options, learning_rate)
+        """Return the optimizer of everything that is trainable in a rank's stages, which ascend."""
+        tables = [parameter_table(stage) for stage in stages]
+        return StageOptimizer(tables, mesh, options, learning_rate, bucket_bytes=bucket_bytes)
 
-    def _run_key(self, entry: Entry) -> tuple[bool, bool, bool]:
-        return (not self._counted(entry), entry.tp_partial_grad, entry.parameter.ndim < 2)
+    @property
+    def num_chunks(self) -> int:
+        """Stages of this rank."""
+        return len(self._chunks)
 
-    def _counted(self, entry: Entry) -> bool:
-        """Whether this rank's gradient of the parameter enters the global norm."""
-        if entry.is_tied_copy:
-            return False
-        return entry.shard is not None or self.mesh.tp.is_first
+    def buckets(self, chunk: int) -> tuple[Bucket, ...]:
+        """Return the chunk's buckets in the order in which a backward completes them."""
+        return self._chunks[chunk].buckets
 
     @torch.no_grad()
-    def _allocate(self) -> None:
-        dtype = self.slots[0].entry.parameter.dtype
-        size = self.slots[-1].stop
-        device = self.mesh.device
-        main = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        self.flat = torch.empty(size, dtype=dtype, device=device)
+    def _allocate(self, dtype: torch.dtype, main_dtype: torch.dtype) -> None:
+        size = max(bucket.stop for chunk in self._chunks for bucket in chunk.buckets)
+        self.flat = torch.zeros(size, dtype=dtype, device=self.mesh.device)
         for slot in self.slots:
             slot.view(self.flat).copy_(slot.entry.parameter)
-        self.master = self.flat if main == dtype else self.flat.to(main)
-        self.flat_grad = torch.zeros(size, dtype=main, device=device)
+        self.master = self.flat if main_dtype == dtype else self.flat.to(main_dtype)
+        self.flat_grad = torch.zeros_like(self.master)
+        self._moments = {name: torch.zeros_like(self.master) for name in ("exp_avg", "exp_avg_sq")}
         for slot in self.slots:
             parameter = slot.entry.parameter
             parameter.data = slot.view(self.flat)
             parameter.main_grad = slot.view(self.flat_grad)
             parameter.register_post_accumulate_grad_hook(_move_grad)
 
-    def _runs(self) -> list[tuple[nn.Parameter, bool]]:
-        runs = []
-        for (_, _, is_vector), slots in groupby(self.slots, key=lambda slot: self._run_key(slot.entry)):
+    def _make_adam(self) -> torch.optim.AdamW:
+        """Return an AdamW over the runs of neighbours that decay, and those that do not."""
+        runs: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        state = {}
+        for decays, slots in groupby(self.slots, key=lambda slot: slot.entry.parameter.ndim > 1):
             members = list(slots)
             where = slice(members[0].start, members[-1].stop)
             run = nn.Parameter(self.master[where])
             run.grad = self.flat_grad[where]
-            runs.append((run, not is_vector))
-        return runs
+            runs[decays].append(run)
+            step = torch.zeros((), device=run.device)
+            state[run] = {"step": step, **{name: flat[where] for name, flat in self._moments.items()}}
+        adam = torch.optim.AdamW(
+            [
+                {"params": params, "weight_decay": self.options.weight_decay if decays else 0.0}
+                for decays, params in runs.items()
+                if params
+            ],
+            lr=self.learning_rate.peak,
+            betas=self.options.betas,
+            eps=self.options.eps,
+            fused=True,
+        )
+        adam.state.update(state)
+        return adam
 
     def zero_grad(self) -> None:
         """Clear the accumulated gradients; call before the first backward of a step."""
         self.flat_grad.zero_()
+        self._reduced.clear()
+        self._complete.clear()
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Sum the gradients over dp, partial ones over tp, tied ones over the two ends of the pipeline.
+    def reduce_bucket(self, chunk: int, index: int) -> None:
+        """Sum one bucket over dp; once a step, when its gradients are complete, in one order on all replicas.
 
-        Collectives: all-reduce over dp; all-reduce over tp if the stage has partial gradients; all-reduce over the tie.
+        Collectives: all-reduce over the gradients' dp.
         """
-        all_reduce_(self.flat_grad, self.mesh.dp)
-        partial = [slot for slot in self.slots if slot.entry.tp_partial_grad]
-        for _, members in groupby(partial, key=lambda slot: self._run_key(slot.entry)):
-            slots = list(members)
-            all_reduce_(self.flat_grad[slots[0].start : slots[-1].stop], self.mesh.tp)
-        if self.mesh.tie.size > 1:
-            for slot in self.slots:
-                if slot.entry.is_tied_copy or slot.entry.is_tied_source:
-                    all_reduce_(slot.view(self.flat_grad), self.mesh.tie)
+        assert (chunk, index) not in self._reduced, f"bucket {index} of chunk {chunk} is already reduced"
+        self._reduced.add((chunk, index))
+        bucket = self._chunks[chunk].buckets[index]
+        all_reduce_(self.flat_grad[bucket.start : bucket.stop], self.mesh.gradients.dp)
+
+    @torch.no_grad()
+    def reduce(self, chunk: int) -> None:
+        """Sum the chunk's gradients over dp, bucket by bucket where that is not done yet, and partial ones over tp.
+
+        Collectives: all-reduces over the gradients' dp; one over their tp if the chunk has partial gradients.
+        """
+        assert chunk not in self._complete, f"chunk {chunk} is already reduced"
+        self._complete.add(chunk)
+        for index in range(len(self._chunks[chunk].buckets)):
+            if (chunk, index) not in self._reduced:
+                self.reduce_bucket(chunk, index)
+        partial = self.flat_grad[self._chunks[chunk].partial]
+        if partial.numel():
+            all_reduce_(partial, self.mesh.gradients.tp)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """Return the global L2 norm of the reduced gradients (0-dim), equal on every rank.
+        """Sum tied gradients over the two ends of the pipeline; return the global L2 norm (0-dim), equal on every rank.
 
-        Collectives: all-reduce over pp x tp.
+        The tie waits for the first stage, whose backward is the last, and so must not stand before other reductions.
+
+        Collectives: all-reduce over the gradients' tie if the model is tied; one over their model.
         """
-        counted = sum(slot.entry.parameter.numel() for slot in self.slots if self._counted(slot.entry))
-        total = torch.linalg.vector_norm(self.flat_grad[:counted]).square()
-        all_reduce_(total, self.mesh.model)
+        assert len(self._complete) == self.num_chunks, f"only chunks {sorted(self._complete)} are reduced"
+        for slot in self.slots:
+            if slot.entry.is_tied_copy or slot.entry.is_tied_source:
+                all_reduce_(slot.view(self.flat_grad), self.mesh.gradients.tie)
+        buckets = [bucket for chunk in self._chunks for bucket in chunk.buckets]
+        parts = [self.flat_grad[bucket.start : bucket.counted_stop] for bucket in buckets]
+        total = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
+        all_reduce_(total, self.mesh.gradients.model)
         return total.sqrt()
 
     @torch.no_grad()
@@ -217,16 +245,10 @@ class StageOptimizer:
 
     def state(self) -> list[tuple[Entry, dict[str, Tensor]]]:
         """Return for each parameter views of its master and moments, in the parameter's local shape."""
-        result = [(slot.entry, {"weight": slot.view(self.master)}) for slot in self.slots]
-        for group in self._adam.param_groups:
-            (run,) = group["params"]
-            offset = run.storage_offset() - self.master.storage_offset()
-            for slot, (_, views) in zip(self.slots, result, strict=True):
-                if offset <= slot.start and slot.stop <= offset + run.numel():
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        local = self._adam.state[run][name][slot.start - offset : slot.stop - offset]
-                        views[name] = local.view(slot.entry.parameter.shape)
-        return result
+        buffers = {"weight": self.master, **self._moments}
+        return [
+            (slot.entry, {name: slot.view(flat) for name, flat in buffers.items()}) for slot in self.slots
+        ]
 
     def set_step(self, step: int) -> None:
         """Tell AdamW how many updates the restored moments have seen (bias correction); refresh the parameters."""

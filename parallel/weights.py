@@ -1,14 +1,14 @@
 """Weights between Hugging Face folders and stages: one table, read in both directions, strictly.
 
 `parameter_table` lists every parameter of a stage with its Hugging Face name and the shard this rank owns. Loading,
-exporting, checkpoints and the gradient norm all use it. A rank reads only its own slices from safetensors files;
+exporting, checkpoints and the optimizer all use it. A rank reads only its own slices from safetensors files;
 export gathers one tensor at a time. A key left over on either side is an error. Nothing here unpickles.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,9 @@ class Entry:
     """The head of a tied model on a last stage that is not the first: its weight is the embedding's."""
     tp_partial_grad: bool = False
     """Replicated, but each tp rank's gradient is a partial sum (q_norm on local heads)."""
+    layer: int | None = None
+    """Global decoder layer after whose backward the gradient is complete: its own; the stage's last one for what follows
+    the layers (final norm, head); None for what a backward completes at its very end (embedding)."""
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -80,9 +83,21 @@ def parameter_table(stage: StageModel) -> list[Entry]:
                     is_tied_source=is_tied(stage) and name == embedding_name,
                     is_tied_copy=tied_copy,
                     tp_partial_grad=parameter.tp_partial_grad,
+                    layer=_layer_of(module_name, stage),
                 )
             )
     return entries
+
+
+def _layer_of(module_name: str, stage: StageModel) -> int | None:
+    names = stage.names
+    layers = f"{names.base}.{names.layers}."
+    if module_name.startswith(layers):
+        return int(module_name.removeprefix(layers).partition(".")[0])
+    behind = (names.head, *(f"{names.base}.{name}" for name in names.tail))
+    if stage.owned and any(f"{module_name}.".startswith(f"{name}.") for name in behind):
+        return stage.owned[-1]
+    return None
 
 
 class WeightFiles:
@@ -193,14 +208,20 @@ def _batches(stage: StageModel, max_bytes: int, dtype: torch.dtype) -> Iterator[
 
 @torch.no_grad()
 def export_weights(
-    stage: StageModel, mesh: Mesh, folder: Path, *, dtype: torch.dtype, max_shard_bytes: int = 2 * 1024**3
+    stages: Sequence[StageModel],
+    mesh: Mesh,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 2 * 1024**3,
 ) -> None:
     """Write the whole model's weights as safetensors shards with an index, readable by `from_pretrained`.
 
-    Every stage writes its own files; no rank holds more than one file's tensors at a time. Tied heads are not written.
-    The folder must exist.
+    Every rank writes its own stages' files; no rank holds more than one file's tensors at a time. Tied heads are not
+    written. The folder must exist.
 
     Args:
+        stages: this rank's stages, in ascending order.
         dtype: of the file.
         max_shard_bytes: file size to stay under (one tensor may exceed it).
     Collectives: all-gathers over tp, then two over the world.
@@ -208,12 +229,14 @@ def export_weights(
     writes = mesh.dp.is_first and mesh.tp.is_first
     written: dict[str, str] = {}
     total_bytes = 0
-    for number, group in enumerate(_batches(stage, max_shard_bytes, dtype)):
-        if writes:
-            file = f"model-stage{mesh.pp.rank:03d}-{number:05d}.safetensors"
-            save_file(group, folder / file, metadata={"format": "pt"})
-            written |= dict.fromkeys(group, file)
-            total_bytes += sum(tensor.nbytes for tensor in group.values())
+    for chunk, stage in enumerate(stages):
+        place = chunk * mesh.pp.size + mesh.pp.rank
+        for number, group in enumerate(_batches(stage, max_shard_bytes, dtype)):
+            if writes:
+                file = f"model-stage{place:03d}-{number:05d}.safetensors"
+                save_file(group, folder / file, metadata={"format": "pt"})
+                written |= dict.fromkeys(group, file)
+                total_bytes += sum(tensor.nbytes for tensor in group.values())
     reports = gather_objects((written, total_bytes), mesh.world)
     if mesh.world.is_first:
         weight_map = {name: file for names, _ in reports for name, file in names.items()}

@@ -1,50 +1,152 @@
 """Walk one rank's actions through a table of handlers, and note when each ran.
 
-The executor decides nothing: the order is the plan's, the meaning is the handlers'. An action without a handler is an
-error before the first one runs. An exception is passed on with the rank and the action in its message, because the peers
-will only report that they waited.
+The executor decides nothing: the order is the plan's, the meaning is the handlers'. `REDUCE` and `NORM` run beside the
+list on one background thread, in their order, and `STEP` waits for them: what the plan places between them hides them.
+So what they reduce over must be process groups of their own. A kind without a handler is an error before the first action
+runs. An exception is passed on with the rank and the action in its message, because the peers will only report that
+they waited.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
-from parallel.pipeline.actions import Action, Kind
+from parallel.pipeline.actions import Action, Kind, Plan
+from parallel.pipeline.background import Background
+from parallel.pipeline.lanes import Lane, lane_of, lanes_of
+from parallel.pipeline.lower import requirements
+from parallel.pipeline.p2p import Links
 from parallel.pipeline.simulate import Event
 
 Handler = Callable[[Action], None]
+T = TypeVar("T")
+_BESIDE = frozenset({Kind.REDUCE, Kind.NORM})
+_Done = tuple[Action, Any, Any]
+"""An action and the marks of its start and its end."""
+
+
+class _Entry(NamedTuple):
+    """An action, and what running it takes."""
+
+    action: Action
+    handler: Handler
+    lane: Lane
+    needs: tuple[Action, ...]
 
 
 class ActionFailed(RuntimeError):
     """A handler raised; the message names the rank's place, the action and the cause."""
 
 
-def execute(
-    actions: Sequence[Action], handlers: Mapping[Kind, Handler], *, rank: int, place: str
-) -> list[Event]:
-    """Run the actions in order and return one event for each.
+class Executor:
+    """Runs plans on one rank.
 
     Args:
-        actions: this rank's part of a validated, lowered plan.
-        handlers: what to do for each kind.
-        rank: pipeline rank, for the events.
+        handlers: what to do for each kind but the communication; micro-batches are numbered over the whole run.
+        links: this rank's channels; their handlers join the table.
+        rank: pipeline rank.
         place: words for messages, such as `rank 3 (pp 1, dp 0, tp 1)`.
-    Returns:
-        Events with `time.perf_counter` seconds; a receive's event is the time spent waiting.
-    Raises:
-        ValueError: a kind has no handler.
-        ActionFailed: from a handler's exception.
     """
-    unknown = {action.kind for action in actions} - handlers.keys()
-    if unknown:
-        raise ValueError(f"no handler for {', '.join(sorted(unknown))}")
-    events = []
-    for action in actions:
-        start_s = time.perf_counter()
-        try:
-            handlers[action.kind](action)
-        except Exception as error:
-            raise ActionFailed(f"{place} failed at {action}: {type(error).__name__}: {error}") from error
-        events.append(Event(rank, action, start_s, time.perf_counter()))
-    return events
+
+    def __init__(self, handlers: Mapping[Kind, Handler], links: Links, *, rank: int, place: str) -> None:
+        self._handlers = {**links.handlers(), **handlers}
+        self._links, self._rank, self._place = links, rank, place
+        self._background = Background("reductions")
+        self._lanes = lanes_of(links.mesh.device)
+        self._prepared: tuple[Plan | None, list[_Entry]] = None, []
+
+    def run(self, plan: Plan, *, first_microbatch: int) -> list[Event]:
+        """Run this rank's part of a plan and return one event for each action, in order of their ends.
+
+        Args:
+            plan: validated and lowered.
+            first_microbatch: number in the run of the plan's micro-batch 0; handlers see it added.
+        Returns:
+            Events with the plan's numbers and `time.perf_counter` seconds; a receive's is the time spent waiting.
+        Raises:
+            ValueError: a kind has no handler.
+            ActionFailed: from a handler's exception.
+        """
+        entries = self._prepare(plan)
+        numbered = [_numbered(entry.action, first_microbatch) for entry in entries]
+        self._lanes.begin()
+        self._links.announce(numbered)
+        done: list[_Done] = []
+        beside: list[Future[_Done]] = []
+        for entry, its_number in zip(entries, numbered, strict=True):
+            kind = entry.action.kind
+            if kind in _BESIDE:
+                beside.append(self.beside(partial(self._do, entry, its_number)))
+                continue
+            if kind is Kind.STEP:
+                done += [future.result() for future in beside]
+                beside.clear()
+            done.append(self._do(entry, its_number))
+        done += [future.result() for future in beside]
+        if not plan.ahead():
+            self._links.finish()
+        self._lanes.end()
+        starts_s = self._lanes.seconds(start for _, start, _ in done)
+        ends_s = self._lanes.seconds(end for _, _, end in done)
+        return [
+            Event(self._rank, action, start_s, end_s)
+            for (action, _, _), start_s, end_s in zip(done, starts_s, ends_s, strict=True)
+        ]
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` on the background thread, after what was given to it before and what has been issued here."""
+        place = self._lanes.here()
+
+        def run() -> T:
+            with self._lanes.on(Lane.REDUCTIONS):
+                self._lanes.wait_until(Lane.REDUCTIONS, place)
+                return work()
+
+        return self._background.submit(run)
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._background.close()
+
+    def _prepare(self, plan: Plan) -> list[_Entry]:
+        """Look up what each action of the rank's list needs; a plan that repeats itself is looked up once."""
+        if plan is not self._prepared[0]:
+            actions = plan.ranks[self._rank]
+            unknown = {action.kind for action in actions} - self._handlers.keys()
+            if unknown:
+                raise ValueError(f"no handler for {', '.join(sorted(unknown))}")
+            entries = [
+                _Entry(
+                    action,
+                    self._handlers[action.kind],
+                    lane_of(action.kind),
+                    requirements(action, plan.shape, lowered=True),
+                )
+                for action in actions
+            ]
+            self._prepared = plan, entries
+        return self._prepared[1]
+
+    def _do(self, entry: _Entry, its_number: Action) -> _Done:
+        action, handler, lane, needs = entry
+        with self._lanes.on(lane):
+            self._lanes.wait_for(lane, needs)
+            start = self._lanes.mark()
+            try:
+                handler(its_number)
+            except Exception as error:
+                raise ActionFailed(
+                    f"{self._place} failed at {action}: {type(error).__name__}: {error}"
+                ) from error
+            end = self._lanes.mark()
+            self._lanes.done(action)
+        return action, start, end
+
+
+def _numbered(action: Action, first_microbatch: int) -> Action:
+    if action.microbatch is None:
+        return action
+    return action._replace(microbatch=action.microbatch + first_microbatch)

@@ -2,33 +2,35 @@
 
 Decides: one process group for each directed edge and each kind of traffic (student forward, student backward, teacher),
 so that a message that is late never blocks another kind; sends return at once; receives are posted ahead in the plan's
-order, `window` per channel, first in first out. Shapes and dtypes are known beforehand, so there is no handshake, and
-what arrives is checked by the plan's order alone. Groups are made and touched when the object is built (`warm_up`).
+order, `window` per channel, first in first out, into buffers that are used again. Shapes and dtypes are known beforehand,
+so there is no handshake, and what arrives is checked by the plan's order alone. Groups are made and touched when the
+object is built. Neighbouring stages on one rank hand tensors over without a message.
+
+Micro-batches are numbered over the whole run, so a teacher's message may be sent in one step and received in a later one.
 """
 
 from __future__ import annotations
 
-import itertools
+import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh
-from parallel.pipeline.actions import Action, Kind
+from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Action, Kind
+from parallel.pipeline.background import Background
+from parallel.pipeline.buffers import BufferPool
 
-_TRAFFIC = {
-    Kind.SEND_F: (Kind.F, +1),
-    Kind.SEND_B: (Kind.B, -1),
-    Kind.SEND_K: (Kind.K, +1),
-    Kind.RECV_F: (Kind.F, -1),
-    Kind.RECV_B: (Kind.B, +1),
-    Kind.RECV_K: (Kind.K, -1),
-}
-"""Communication action -> (what travels, where the other stage is)."""
+_HOP = {Kind.F: +1, Kind.B: -1, Kind.K: +1}
+"""What travels -> where the stage is that needs it."""
 
 
 @dataclass(frozen=True)
@@ -39,107 +41,274 @@ class Message:
     dtype: torch.dtype
 
 
+class _Outgoing:
+    """The sending end of a directed edge for one kind of traffic; keeps what is sent until it has left.
+
+    `peer` is the other rank's number in the group.
+
+    A gloo send says that it is complete only to who waits for it, so on a CPU a thread waits. On a GPU a wait would hold up
+    a stream, but there a send may be asked.
+    """
+
+    def __init__(self, name: str, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.peer, self.group = peer, group
+        self._waiter = Background(name) if device.type == "cpu" else None
+        self._under_way: deque[tuple[dist.Work, Tensor] | Future[None]] = deque()
+
+    @property
+    def num_under_way(self) -> int:
+        """Sends that are not known to have been received."""
+        self._let_go()
+        return len(self._under_way)
+
+    def send(self, tensor: Tensor) -> None:
+        """Start sending a contiguous tensor."""
+        # The group's own call: `dist.isend` looks ranks up at every message.
+        work = self.group.send([tensor], self.peer, 0)
+        if self._waiter is None:
+            self._under_way.append((work, tensor))
+        else:
+            self._under_way.append(self._waiter.submit(partial(_keep_until_sent, work, tensor)))
+        self._let_go()
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been received."""
+        while self._under_way:
+            self._settle(self._under_way.popleft())
+
+    def close(self) -> None:
+        """End the thread, once it has no more to wait for."""
+        if self._waiter is not None:
+            self._waiter.close()
+
+    def _let_go(self) -> None:
+        while self._under_way and self._is_done(self._under_way[0]):
+            self._settle(self._under_way.popleft())
+
+    @staticmethod
+    def _is_done(send: tuple[dist.Work, Tensor] | Future[None]) -> bool:
+        return send.done() if isinstance(send, Future) else send[0].is_completed()
+
+    @staticmethod
+    def _settle(send: tuple[dist.Work, Tensor] | Future[None]) -> None:
+        """Wait for a send; raise what went wrong."""
+        if isinstance(send, Future):
+            send.result()
+        else:
+            send[0].wait()
+
+
+def _keep_until_sent(work: dist.Work, tensor: Tensor) -> None:
+    work.wait()
+
+
 @dataclass
-class _Channel:
-    """One directed edge for one kind of traffic, as its receiver or sender sees it."""
+class _Incoming:
+    """The receiving end of a directed edge for one kind of traffic; `peer` is the other rank's number in the group."""
 
     peer: int
     group: dist.ProcessGroup
-    awaited: deque[int] = field(default_factory=deque)
-    posted: deque[tuple[int, Tensor, dist.Work]] = field(default_factory=deque)
+    awaited: deque[Action] = field(default_factory=deque)
+    posted: deque[tuple[Action, Tensor, dist.Work]] = field(default_factory=deque)
+
+
+Key = tuple[Kind, int, int]
+"""(what travels, stage, micro-batch)"""
 
 
 class Links:
-    """This rank's channels to its neighbour stages, and the mailboxes that compute actions read and write.
+    """This rank's channels to its neighbours, and the mailboxes that compute actions read and write.
 
     Args:
         mesh: the pp axis decides the neighbours.
         messages: kind of traffic (F, B, K) -> shape and dtype; kinds left out do not travel.
+        num_stages: stages of the student, a multiple of pp; as many as ranks by default. The teacher has one a rank.
         window: receives posted ahead on each channel.
     Collectives: creates the groups of all edges, in one order on all ranks; sends one element over this rank's.
     """
 
-    def __init__(self, mesh: Mesh, messages: dict[Kind, Message], *, window: int = 2) -> None:
+    def __init__(
+        self, mesh: Mesh, messages: dict[Kind, Message], *, num_stages: int | None = None, window: int = 2
+    ) -> None:
         self.mesh, self.messages, self.window = mesh, messages, window
-        self.inbox: dict[tuple[Kind, int], Tensor] = {}
-        self.outbox: dict[tuple[Kind, int], Tensor] = {}
-        self._channels = self._open()
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._num_stages = {Kind.F: num_stages or mesh.pp.size, Kind.K: mesh.pp.size}
+        self._num_stages[Kind.B] = self._num_stages[Kind.F]
+        # Kinds may run on streams of their own, and must not pass memory to each other unseen.
+        self._pools = {kind: BufferPool(mesh.device) for kind in messages}
+        self._inbox: dict[Key, Tensor] = {}
+        self._outbox: dict[Key, Tensor] = {}
+        self._loans: dict[Key, Tensor] = {}
+        self._outgoing: dict[Kind, _Outgoing] = {}
+        self._incoming: dict[Kind, _Incoming] = {}
+        self._open()
         self._warm_up()
 
-    def _open(self) -> dict[Kind, _Channel]:
-        channels: dict[Kind, _Channel] = {}
-        if self.mesh.pp.size == 1:
-            return channels
-        here = self.mesh.world.rank
+    @property
+    def num_buffers(self) -> int:
+        """Buffers for messages that were ever made."""
+        return sum(pool.num_allocated for pool in self._pools.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no tensor waits here to be taken, sent or given back."""
+        return not (self._inbox or self._outbox or self._loans)
+
+    def _open(self) -> None:
+        here, size = self.mesh.world.rank, self.mesh.pp.size
         for ranks in self.mesh.pipelines:
-            for upper, lower in itertools.pairwise(ranks):
-                for kind in (kind for kind in (Kind.F, Kind.B, Kind.K) if kind in self.messages):
+            for kind in (kind for kind in _HOP if kind in self.messages):
+                # With several stages a rank the last rank's stage is followed by one on the first.
+                wraps = self._num_stages[kind] > size > 1
+                for upper in range(size if wraps else size - 1):
+                    edge = (upper, (upper + 1) % size)[:: _HOP[kind]]
+                    source, target = (ranks[index] for index in edge)
                     # Made on every rank, members or not: see parallel.mesh.
-                    group = dist.new_group([upper, lower])
-                    if here in (upper, lower):
-                        sends = (here == upper) == (kind != Kind.B)
-                        action = Kind(f"{'SEND' if sends else 'RECV'}_{kind}")
-                        channels[action] = _Channel(lower if here == upper else upper, group)
-        return channels
+                    group = dist.new_group(sorted((source, target)))
+                    if here == source:
+                        peer = dist.get_group_rank(group, target)
+                        self._outgoing[kind] = _Outgoing(f"sends {kind}", peer, group, self.mesh.device)
+                    if here == target:
+                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), group)
 
     def _warm_up(self) -> None:
         """Send one element over every channel, so that no connection is made inside a step."""
-        works = []
-        for action, channel in self._channels.items():
-            element = torch.zeros(1, device=self.mesh.device)
-            call = dist.isend if action.startswith("SEND") else dist.irecv
-            works.append((call(element, channel.peer, group=channel.group), element))
-        for work, _ in works:
-            work.wait()
+        element = torch.zeros(1, device=self.mesh.device)
+        for outgoing in self._outgoing.values():
+            outgoing.send(element)
+        for incoming in self._incoming.values():
+            incoming.group.recv([torch.empty_like(element)], incoming.peer, 0).wait()
+        self.finish()
+
+    def measure_latency(self, repeats: int = 9) -> float:
+        """Return the seconds that a message takes to the next rank, where its receive is already posted.
+
+        Half a round trip, the slowest edge's.
+
+        Collectives: messages over all edges of F and B, one edge after the other; one all-reduce over the world.
+        """
+        if not {Kind.F, Kind.B} <= self.messages.keys() or self.mesh.pp.size == 1:
+            return 0.0
+        if not self.mesh.pp.is_first:
+            self._answer(repeats)
+        trips_s = [] if self.mesh.pp.is_last else self._ask(repeats)
+        latency_s = statistics.median(trips_s) / 2 if trips_s else 0.0
+        slowest = torch.tensor(latency_s, dtype=torch.float64, device=self.mesh.device)
+        all_reduce_(slowest, self.mesh.world, op="max")
+        return slowest.item()
+
+    def _ask(self, repeats: int) -> list[float]:
+        """Send a message to the next rank and wait for one from there, several times; return the seconds of each."""
+        trips_s = []
+        question, answer = self._pair()
+        for _ in range(repeats):
+            coming = self._post_one(Kind.B, answer)
+            start_s = time.perf_counter()
+            self._outgoing[Kind.F].send(question)
+            coming.wait()
+            if self.mesh.device.type == "cuda":
+                torch.cuda.synchronize(self.mesh.device)
+            trips_s.append(time.perf_counter() - start_s)
+        self._outgoing[Kind.F].finish()
+        self._give_pair(question, answer)
+        return trips_s
+
+    def _answer(self, repeats: int) -> None:
+        """Answer the rank before."""
+        question, answer = self._pair()
+        coming = self._post_one(Kind.F, question)
+        for left in reversed(range(repeats)):
+            coming.wait()
+            if left:
+                coming = self._post_one(Kind.F, question)
+            self._outgoing[Kind.B].send(answer)
+        self._outgoing[Kind.B].finish()
+        self._give_pair(question, answer)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """Return a buffer for a message forward and one for a message back."""
+        there, back = self.messages[Kind.F], self.messages[Kind.B]
+        return (
+            self._pools[Kind.F].take(there.shape, there.dtype).zero_(),
+            self._pools[Kind.B].take(back.shape, back.dtype).zero_(),
+        )
+
+    def _give_pair(self, there: Tensor, back: Tensor) -> None:
+        self._pools[Kind.F].give(there)
+        self._pools[Kind.B].give(back)
+
+    def _post_one(self, kind: Kind, buffer: Tensor) -> dist.Work:
+        channel = self._incoming[kind]
+        return channel.group.recv([buffer], channel.peer, 0)
+
+    def put(self, kind: Kind, stage: int, microbatch: int, tensor: Tensor) -> None:
+        """Leave what an F, B or K of `stage` made: for its SEND, or for the next stage if that is on this rank."""
+        size, following = self.mesh.pp.size, stage + _HOP[kind]
+        if size == 1:
+            self._inbox[kind, following, microbatch] = tensor
+        else:
+            self._outbox[kind, stage, microbatch] = tensor
+
+    def take(self, kind: Kind, stage: int, microbatch: int) -> Tensor:
+        """Return the input of an F, B or K of `stage`; on loan until `release`."""
+        key = kind, stage, microbatch
+        tensor = self._inbox.pop(key)
+        self._loans[key] = tensor
+        return tensor
+
+    def release(self, kind: Kind, stage: int, microbatch: int) -> None:
+        """Give back what was taken; nothing may look at the tensor any more."""
+        tensor = self._loans.pop((kind, stage, microbatch))
+        if self.mesh.pp.size > 1:
+            self._pools[kind].give(tensor)
 
     def handlers(self) -> dict[Kind, Callable[[Action], None]]:
         """Return the executor's handlers of all communication actions."""
-        return {kind: self._send if kind.startswith("SEND") else self._receive for kind in _TRAFFIC}
+        return dict.fromkeys(SENDS, self._send) | dict.fromkeys(RECVS, self._receive)
 
-    def begin(self, actions: Sequence[Action]) -> None:
-        """Announce the actions of a step: their receives are posted ahead in this order."""
-        assert not self.inbox and not self.outbox, (self.inbox.keys(), self.outbox.keys())
+    def announce(self, actions: Sequence[Action]) -> None:
+        """Announce the actions of a coming list: their receives are posted ahead in this order."""
         for action in actions:
-            channel = self._channels.get(action.kind)
-            if channel is not None and action.kind.startswith("RECV"):
-                channel.awaited.append(action.microbatch)
-        for kind, channel in self._channels.items():
-            if kind.startswith("RECV"):
-                self._post(kind, channel)
+            if action.kind in RECVS:
+                self._incoming[TRAFFIC_OF[action.kind]].awaited.append(action)
+        for kind in self._incoming:
+            self._post(kind)
 
-    def _post(self, kind: Kind, channel: _Channel) -> None:
-        message = self.messages[_TRAFFIC[kind][0]]
+    def _post(self, kind: Kind) -> None:
+        channel, message = self._incoming[kind], self.messages[kind]
         while channel.awaited and len(channel.posted) < self.window:
-            buffer = torch.empty(message.shape, dtype=message.dtype, device=self.mesh.device)
-            work = dist.irecv(buffer, channel.peer, group=channel.group)
-            channel.posted.append((channel.awaited.popleft(), buffer, work))
+            buffer = self._pools[kind].take(message.shape, message.dtype)
+            channel.posted.append((channel.awaited.popleft(), buffer, self._post_one(kind, buffer)))
 
     def _receive(self, action: Action) -> None:
-        channel = self._channels[action.kind]
-        microbatch, buffer, work = channel.posted.popleft()
-        assert microbatch == action.microbatch, f"{action}: micro-batch {microbatch} is next on the channel"
+        kind = TRAFFIC_OF[action.kind]
+        expected, buffer, work = self._incoming[kind].posted.popleft()
+        assert expected == action, f"{action}: {expected} is next on the channel"
         work.wait()
-        self._post(action.kind, channel)
-        self.inbox[_TRAFFIC[action.kind][0], microbatch] = buffer
+        self._post(kind)
+        self._inbox[kind, action.stage, action.microbatch] = buffer
 
     def _send(self, action: Action) -> None:
-        kind = _TRAFFIC[action.kind][0]
-        tensor = self.outbox.pop((kind, action.microbatch))
+        kind = TRAFFIC_OF[action.kind]
+        tensor = self._outbox.pop((kind, action.stage, action.microbatch)).contiguous()
         message = self.messages[kind]
         assert tuple(tensor.shape) == message.shape and tensor.dtype == message.dtype, (
             action,
             tensor.shape,
             message,
         )
-        channel = self._channels[action.kind]
-        tensor = tensor.contiguous()
-        self._sends.append((dist.isend(tensor, channel.peer, group=channel.group), tensor))
-        # Completed sends give their tensors back; nothing waits here.
-        self._sends = [pair for pair in self._sends if not pair[0].is_completed()]
+        self._outgoing[kind].send(tensor)
+
+    @property
+    def num_under_way(self) -> int:
+        """Sends that are not known to have been received."""
+        return sum(channel.num_under_way for channel in self._outgoing.values())
 
     def finish(self) -> None:
-        """Wait for this step's sends; call after its last action."""
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
+        """Wait until all that was sent has been received; after a plan that leaves nothing under way."""
+        for channel in self._outgoing.values():
+            channel.finish()
+
+    def close(self) -> None:
+        """End the threads of the channels."""
+        for channel in self._outgoing.values():
+            channel.close()

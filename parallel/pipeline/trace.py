@@ -75,20 +75,25 @@ def to_torch_csv(plan: Plan, *, messages: bool = False) -> str:
     return "\n".join(rows) + "\n"
 
 
-def to_chrome(source: Source) -> dict[str, Any]:
+def to_chrome(source: Source, *, process: int = 0, name: str = "step") -> dict[str, Any]:
     """Return the events in the form of chrome://tracing and Perfetto, times in microseconds.
 
     Each rank has two lines, one for what occupies it and one for the communication beside it.
+
+    Args:
+        source: a planned timeline, or measured events.
+        process, name: of the group of lines, to lay several sources into one file.
     """
     events = _events(source)
     start_s, _ = _span(events)
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
+    ]
     for rank in range(_num_ranks(events)):
-        for line, name in ((2 * rank, f"rank {rank}"), (2 * rank + 1, f"rank {rank} communication")):
-            lines.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": line, "args": {"name": name}})
-            lines.append(
-                {"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": line, "args": {"sort_index": line}}
-            )
+        for line, label in ((2 * rank, f"rank {rank}"), (2 * rank + 1, f"rank {rank} communication")):
+            place = {"ph": "M", "pid": process, "tid": line}
+            lines.append({**place, "name": "thread_name", "args": {"name": label}})
+            lines.append({**place, "name": "thread_sort_index", "args": {"sort_index": line}})
     for rank, action, begin_s, end_s in events:
         args = {"stage": action.stage, "microbatch": action.microbatch, "slice": action.slice}
         lines.append(
@@ -96,7 +101,7 @@ def to_chrome(source: Source) -> dict[str, Any]:
                 "ph": "X",
                 "name": str(action),
                 "cat": action.kind.value,
-                "pid": 0,
+                "pid": process,
                 "tid": 2 * rank + (action.kind not in OCCUPYING),
                 "ts": (begin_s - start_s) * 1e6,
                 "dur": (end_s - begin_s) * 1e6,

@@ -23,11 +23,13 @@ CASES = [
     replace(SINGLE, student="tied"),
     replace(SINGLE, pp=2, student="untied", slices=2),
     replace(SINGLE, pp=2, student="tied"),
+    replace(SINGLE, pp=2, student="deep", virtual_stages=2),
     replace(SINGLE, tp=2, student="untied"),
     replace(SINGLE, tp=2, student="tied", slices=3),
     replace(SINGLE, dp=2, student="untied"),
 ]
 PAIRS = ("both", "student", "teacher")
+ASKED = {"both": ("students", "teacher"), "student": ("students",), "teacher": ("teacher",)}
 
 
 def _rows() -> MicroBatch:
@@ -80,19 +82,20 @@ def _judge(cases: list[Case], folders: dict[str, str]) -> list[tuple[list[Qualit
     results = []
     for case in cases:
         mesh = mesh_of(case)
-        student, teacher = load_stages(case, folders, mesh, torch.float64)
-        traffic = messages(student, teacher, rows=2, seq_len=SEQ_LEN)
-        links = Links(mesh, {kind: traffic[kind] for kind in (Kind.F, Kind.K)})
-        given = {"student": student, "teacher": teacher}
+        students, teacher = load_stages(case, folders, mesh, torch.float64)
+        traffic = messages(students[0], teacher, rows=2, seq_len=SEQ_LEN)
+        forward = {kind: traffic[kind] for kind in (Kind.F, Kind.K)}
+        links = Links(mesh, forward, num_stages=case.pp * case.virtual_stages)
+        given = {"students": students, "teacher": teacher}
         qualities = [
-            evaluate(mesh, links, _share(mesh), **(given if pair == "both" else {pair: given[pair]}))
+            evaluate(mesh, links, _share(mesh), **{name: given[name] for name in ASKED[pair]})
             for pair in PAIRS
         ]
         nothing = _share(mesh, torch.full((ROWS, SEQ_LEN), IGNORE))
         with pytest.raises(ValueError, match="no token") as caught:
             evaluate(mesh, links, nothing, **given)
-        assert not links.inbox and not links.outbox
-        sizes = (num_parameters(student, mesh), num_parameters(teacher, mesh))
+        assert links.is_empty
+        sizes = (num_parameters(students, mesh), num_parameters([teacher], mesh))
         results.append((qualities, sizes, str(caught.value)))
     return results
 
@@ -105,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_quality_equals_the_plain_formulas(folders: dict[str, str]) -> None:
     counts = [int((half != IGNORE).sum()) for half in _rows().labels_BS.chunk(2)]
     assert counts[0] > 2 * counts[1] > 0, "a mean of the replicas' means must not pass"
-    expected = {(s, pair): _plain(folders, s, pair) for s in ("tied", "untied") for pair in PAIRS}
+    expected = {(s, pair): _plain(folders, s, pair) for s in ("tied", "untied", "deep") for pair in PAIRS}
     sizes = {
         name: AutoModelForCausalLM.from_pretrained(folder).num_parameters()
         for name, folder in folders.items()
@@ -125,7 +128,7 @@ def test_a_model_judged_against_itself_agrees(folders: dict[str, str]) -> None:
     mesh = Mesh.single()
     _, teacher = load_stages(SINGLE, folders, mesh, torch.float64)
     links = Links(mesh, {})
-    itself = evaluate(mesh, links, _share(mesh), student=teacher, teacher=teacher)
+    itself = evaluate(mesh, links, _share(mesh), students=[teacher], teacher=teacher)
     assert (itself.kl, itself.agreement) == (0.0, 1.0)
     assert itself == evaluate(mesh, links, _share(mesh), teacher=teacher)
 

@@ -25,9 +25,10 @@ CASES = [
     replace(SINGLE, slices=7),
     replace(SINGLE, pp=2),
     replace(SINGLE, pp=2, slices=2, student="untied"),
+    replace(SINGLE, pp=2, slices=3, student="deep", virtual_stages=2),
     replace(SINGLE, tp=2, slices=3),
 ]
-GIVEN = ({"student", "teacher"}, {"student"}, {"teacher"})
+GIVEN = ({"students", "teacher"}, {"students"}, {"teacher"})
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,12 @@ def _run(cases: list[Case], folders: dict[str, str]) -> list[list[tuple]]:
     results = []
     for case in cases:
         mesh = mesh_of(case)
-        student, teacher = load_stages(case, folders, mesh, torch.float64)
-        links = Links(mesh, messages(student, teacher, rows=SIZE, seq_len=SEQ_LEN))
+        students, teacher = load_stages(case, folders, mesh, torch.float64)
+        traffic = messages(students[0], teacher, rows=SIZE, seq_len=SEQ_LEN)
+        links = Links(mesh, traffic, num_stages=case.pp * case.virtual_stages)
         mine = []
         for names in GIVEN:
-            models = {"student": student, "teacher": teacher}
+            models = {"students": students, "teacher": teacher}
             batches = _microbatches()
             consumed: list[tuple[int, dict[str, Tensor]]] = []
             announced: list[int] = []
@@ -71,10 +73,11 @@ def _run(cases: list[Case], folders: dict[str, str]) -> list[list[tuple]]:
 
             given = {name: models[name] for name in names}
             run_forward(mesh, links, batches, before=before, consume=consume, **given)
-            assert not links.inbox and not links.outbox and not links._sends
+            assert links.is_empty and not links.num_under_way
             mine.append((mesh.pp.is_last, consumed, announced))
-        assert all(parameter.grad is None for parameter in student.parameters())
-        assert student.training and not teacher.training
+        for student in students:
+            assert all(parameter.grad is None for parameter in student.parameters())
+            assert student.training and not teacher.training
         results.append(mine)
     return results
 
@@ -98,11 +101,11 @@ def test_hidden_states_arrive_once_and_whole(folders: dict[str, str]) -> None:
             for names, (is_last, consumed, announced) in zip(GIVEN, mine, strict=True):
                 place = (case, names)
                 assert [index for index, _ in consumed] == (list(range(COUNT)) if is_last else []), place
-                calls = ("student" in names) + case.slices * ("teacher" in names)
+                calls = case.virtual_stages * ("students" in names) + case.slices * ("teacher" in names)
                 assert sorted(announced) == sorted(list(range(COUNT)) * calls), place
                 for index, hidden in consumed:
                     kinds = {"F": case.student, "K": "teacher"}
-                    asked = {"student": "F", "teacher": "K"}
+                    asked = {"students": "F", "teacher": "K"}
                     assert hidden.keys() == {asked[name] for name in names}
                     for kind, value in hidden.items():
                         torch.testing.assert_close(
@@ -129,5 +132,5 @@ def test_a_forward_without_models_is_refused(folders: dict[str, str]) -> None:
 
 def test_no_collector_is_needed(folders: dict[str, str]) -> None:
     mesh = Mesh.single()
-    student, teacher = load_stages(SINGLE, folders, mesh, torch.float64)
-    run_forward(mesh, Links(mesh, {}), _microbatches(1), student=student, teacher=teacher)
+    students, teacher = load_stages(SINGLE, folders, mesh, torch.float64)
+    run_forward(mesh, Links(mesh, {}), _microbatches(1), students=students, teacher=teacher)

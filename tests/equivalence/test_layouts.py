@@ -122,7 +122,7 @@ def test_compiling_the_layers_changes_nothing(
 
 def _run_without_tie(case: Case, folders: dict[str, str]) -> Trajectory:
     mesh = Mesh.create(pp=case.pp, dp=case.dp, tp=case.tp)
-    return run_case(case, folders, replace(mesh, tie=Axis("tie")))
+    return run_case(case, folders, replace(mesh, gradients=replace(mesh.gradients, tie=Axis("tie"))))
 
 
 def test_a_forgotten_tie_is_seen(folders: dict[str, str], references: dict[str, Trajectory]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from distill.config import Loss
 from distill.data import IGNORE, MicroBatch
 from distill.step import DistillationStep, StepStats, messages
-from parallel.mesh import Mesh
+from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
-from parallel.pipeline.lower import add_communication
+from parallel.pipeline.actions import Plan
+from parallel.pipeline.course import Course
+from parallel.pipeline.fill import fill_teacher
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.schedules import make_plan
-from parallel.pipeline.validate import check_deadlock, validate
+from parallel.pipeline.simulate import Costs
 from parallel.weights import gather_tensor, load_weights
 from tests.families import save_tiny, tiny_config, tiny_model
 
@@ -30,7 +33,10 @@ TEACHER = tiny_config("qwen3", hidden_size=48, num_hidden_layers=5, intermediate
 STUDENTS = {
     "untied": tiny_config("llama", tie_word_embeddings=False),
     "tied": tiny_config("qwen3", tie_word_embeddings=True),
+    "deep": tiny_config("qwen3", tie_word_embeddings=True, num_hidden_layers=8),
 }
+COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, teacher_slice=0.5, latency=0.2, step=1.0)
+"""What plans with look-ahead are made from; no costs change what is computed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,11 @@ class Case:
     slices: int = 1
     recompute: str = "none"
     compiled: bool = False
+    virtual_stages: int = 1
+    rows: int = ROWS
+    """Of a global batch."""
+    twin: bool = False
+    """The teacher is the student's own model."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +81,38 @@ def save_models(folder: Path) -> dict[str, str]:
     }
 
 
-def batch_of(step: int) -> MicroBatch:
+def batch_of(step: int, rows: int = ROWS) -> MicroBatch:
     """Return the whole global batch of a step: packed documents, ignored positions, one row with nothing to learn."""
     generator = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(3, 97, (ROWS, SEQ_LEN), generator=generator)
-    positions = torch.arange(SEQ_LEN).repeat(ROWS, 1)
+    ids = torch.randint(3, 97, (rows, SEQ_LEN), generator=generator)
+    positions = torch.arange(SEQ_LEN).repeat(rows, 1)
     positions[1::2, 4:] -= 4
     labels = ids.roll(-1, dims=1)
     labels[:, -1] = IGNORE
     labels[1::2, 3] = IGNORE
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
-    labels[(step + 2) % ROWS] = IGNORE
+    labels[(step + 2) % rows] = IGNORE
     return MicroBatch(input_ids_BS=ids, position_ids_BS=positions, labels_BS=labels)
 
 
 def load_stages(
     case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype
-) -> tuple[StageModel, StageModel]:
-    """Build and load this rank's student and teacher."""
-    shared = {"pp": mesh.pp, "tp": mesh.tp, "dtype": dtype, "compile_layers": case.compiled}
-    student = build_stage(STUDENTS[case.student], recompute=case.recompute, **shared)
-    teacher = build_stage(TEACHER, trainable=False, num_slices=case.slices, **shared)
-    load_weights(student, Path(folders[case.student]))
-    load_weights(teacher, Path(folders["teacher"]))
-    return student, teacher
+) -> tuple[list[StageModel], StageModel]:
+    """Build and load this rank's stages of the student, and its stage of the teacher."""
+    shared = {"tp": mesh.tp, "dtype": dtype, "compile_layers": case.compiled}
+    num_stages = case.pp * case.virtual_stages
+    students = [
+        build_stage(
+            STUDENTS[case.student], pp=Axis("stage", num_stages, stage), recompute=case.recompute, **shared
+        )
+        for stage in range(mesh.pp.rank, num_stages, case.pp)
+    ]
+    config, source = (STUDENTS[case.student], case.student) if case.twin else (TEACHER, "teacher")
+    teacher = build_stage(config, pp=mesh.pp, trainable=False, num_slices=case.slices, **shared)
+    for student in students:
+        load_weights(student, Path(folders[case.student]))
+    load_weights(teacher, Path(folders[source]))
+    return students, teacher
 
 
 def mesh_of(case: Case) -> Mesh:
@@ -101,6 +120,19 @@ def mesh_of(case: Case) -> Mesh:
     if case.pp * case.dp * case.tp == 1:
         return Mesh.single()
     return Mesh.create(pp=case.pp, dp=case.dp, tp=case.tp)
+
+
+def plan_of(case: Case, *, teacher: str | None) -> Plan:
+    """Return the plan of a step; `fill` is planned with `COSTS`."""
+    plan = make_plan(
+        schedule=case.schedule,
+        teacher=None if teacher == "fill" else teacher,
+        num_ranks=case.pp,
+        num_microbatches=case.num_microbatches,
+        num_slices=case.slices,
+        virtual_stages=case.virtual_stages,
+    )
+    return fill_teacher(plan, COSTS, num_slices=case.slices) if teacher == "fill" else plan
 
 
 def make_step(
@@ -111,28 +143,23 @@ def make_step(
     loss: Loss = LOSS,
     with_teacher: bool = True,
     dtype: torch.dtype = torch.float64,
+    num_steps: int = STEPS,
+    batch_at: Callable[[int], MicroBatch] | None = None,
 ) -> DistillationStep:
-    """Build this rank's part of a case, ready for its first step."""
-    student, teacher = load_stages(case, folders, mesh, dtype)
-    plan = make_plan(
-        schedule=case.schedule,
-        teacher=case.teacher if with_teacher else None,
-        num_ranks=case.pp,
-        num_microbatches=case.num_microbatches,
-        num_slices=case.slices,
-    )
-    lowered = add_communication(plan)
-    validate(lowered)
-    check_deadlock(lowered)
-    rows = ROWS // (case.dp * case.num_microbatches)
+    """Build this rank's part of a case, ready for its first step; the teacher looks ahead until `num_steps`."""
+    batch_at = batch_at or (lambda step: batch_of(step, case.rows))
+    students, teacher = load_stages(case, folders, mesh, dtype)
+    rows = case.rows // (case.dp * case.num_microbatches)
+    traffic = messages(students[0], teacher, rows=rows, seq_len=SEQ_LEN)
     return DistillationStep(
         mesh=mesh,
-        student=student,
+        students=students,
         teacher=teacher if with_teacher else None,
-        optimizer=StageOptimizer.of_stage(student, mesh, ADAMW, RATE),
-        plan=lowered,
+        optimizer=StageOptimizer.of_stages(students, mesh, ADAMW, RATE),
+        course=Course(plan_of(case, teacher=case.teacher if with_teacher else None), num_steps=num_steps),
         loss=loss,
-        links=Links(mesh, messages(student, teacher, rows=rows, seq_len=SEQ_LEN)),
+        links=Links(mesh, traffic, num_stages=case.pp * case.virtual_stages),
+        batches=lambda step: share_of(batch_at(step), case, mesh),
     )
 
 
@@ -143,9 +170,9 @@ def share_of(whole: MicroBatch, case: Case, mesh: Mesh) -> list[MicroBatch]:
     return [MicroBatch(*parts) for parts in zip(*mine, strict=True)]
 
 
-def train(step: DistillationStep, case: Case, steps: range) -> list[StepStats]:
+def train(step: DistillationStep, steps: range) -> list[StepStats]:
     """Run optimizer steps on the batches of the trajectory."""
-    return [step(index, share_of(batch_of(index), case, step.mesh)) for index in steps]
+    return [step(index) for index in steps]
 
 
 def state_of(step: DistillationStep) -> dict[str, Tensor]:
@@ -163,7 +190,7 @@ def run_case(
 ) -> Trajectory:
     """Run the framework's step five times in the case's layout; parameters are this rank's stage, whole tensors."""
     step = make_step(case, folders, mesh, dtype=dtype)
-    stats = train(step, case, range(STEPS))
+    stats = train(step, range(STEPS))
     return Trajectory(
         losses=[(s.total, s.hard, s.soft) for s in stats],
         norms=[s.grad_norm for s in stats],

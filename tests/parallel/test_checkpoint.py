@@ -29,10 +29,12 @@ from tests.workers import run_distributed
 
 EXTRAS = {"tokens": 123, "prune_s": 0.25}
 FILE = "stage-000-tp-00.safetensors"
+OTHER = ("another student", "layers were split over the stages in another way")
 TWO_RANKS = [
     replace(SINGLE, pp=2, student="tied"),
     replace(SINGLE, tp=2, student="tied", schedule="gpipe"),
     replace(SINGLE, dp=2, student="untied"),
+    replace(SINGLE, pp=2, virtual_stages=2, student="deep", schedule="interleaved"),
 ]
 
 
@@ -57,20 +59,26 @@ def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list
     for number, case in enumerate(cases):
         mesh = mesh_of(case)
         uninterrupted, first, second = (make_step(case, folders, mesh) for _ in range(3))
-        expected = train(uninterrupted, case, range(4))
+        expected = train(uninterrupted, range(4))
         assert latest(root / str(number), mesh) is None
-        done = train(first, case, range(2))
+        done = train(first, range(2))
         folder = save(root / str(number), 2, first.optimizer, mesh, extras=EXTRAS, keep=1)
         assert latest(root / str(number), mesh) == folder
         saved = state_of(first)
         assert _differ(second, saved), "a fresh student must differ before"
         manifest = restore(folder, second.optimizer, mesh)
         assert (manifest.step, manifest.extras) == (2, EXTRAS)
-        assert manifest.layout == {"pp": case.pp, "tp": case.tp}
+        assert manifest.layout == {
+            "mesh.pp": case.pp,
+            "mesh.tp": case.tp,
+            "pipeline.virtual_stages": case.virtual_stages,
+        }
         assert _adam_steps(second) == {2.0}
         differ = _differ(second, saved)
-        done += train(second, case, range(2, 4))
+        done += train(second, range(2, 4))
         differ += [f"later {name}" for name in _differ(second, state_of(uninterrupted))]
+        for each in (uninterrupted, first, second):
+            each.close()
         for mine, other in zip(done, expected, strict=True):
             if (mine.total, mine.grad_norm) != (other.total, other.grad_norm):
                 differ.append(f"{mine} against {other}")
@@ -80,13 +88,14 @@ def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list
 
 def test_an_interrupted_run_goes_on_bit_for_bit(folders: dict[str, str], tmp_path: Path) -> None:
     ranks = run_distributed(2, _interrupted, TWO_RANKS, folders, tmp_path)
-    assert ranks == [[[], [], []], [[], [], []]]
+    assert ranks == [[[], [], [], []]] * 2
     written = {
-        number: {path.name for path in (tmp_path / number / "step-00000002").iterdir()} for number in "012"
+        number: {path.name for path in (tmp_path / number / "step-00000002").iterdir()} for number in "0123"
     }
     assert written["0"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-001-tp-00.safetensors"}
     assert written["1"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-000-tp-01.safetensors"}
     assert written["2"] == {MANIFEST, FILE}, "replicas are equal: one writes"
+    assert written["3"] == written["0"], "one file a rank, whatever the number of its stages"
     tied = load_file(tmp_path / "0" / "step-00000002" / "stage-001-tp-00.safetensors")
     assert {name for name in tied if name.endswith("@tied")} == {
         f"{kind}/model.embed_tokens.weight@tied" for kind in ("weight", "exp_avg", "exp_avg_sq")
@@ -105,12 +114,18 @@ def _check_another_number_of_replicas(folders: dict[str, str], folder: Path) -> 
 
 def _check_other_layouts_are_refused(folders: dict[str, str], root: Path) -> None:
     step = make_step(SINGLE, folders, Mesh.single())
-    for number, wanted in (("0", "mesh.pp=2, mesh.tp=1"), ("1", "mesh.pp=1, mesh.tp=2")):
+    layouts = {
+        "0": "mesh.pp=2, mesh.tp=1, pipeline.virtual_stages=1",
+        "1": "mesh.pp=1, mesh.tp=2, pipeline.virtual_stages=1",
+        "3": "mesh.pp=2, mesh.tp=1, pipeline.virtual_stages=2",
+    }
+    here = "mesh.pp=1, mesh.tp=1, pipeline.virtual_stages=1"
+    for number, wanted in layouts.items():
         folder = root / number / "step-00000002"
         before = state_of(step)
         with pytest.raises(CheckpointError) as caught:
             restore(folder, step.optimizer, step.mesh)
-        assert all(word in str(caught.value) for word in (str(folder), wanted, "mesh.pp=1, mesh.tp=1"))
+        assert all(word in str(caught.value) for word in (str(folder), wanted, here))
         assert not _differ(step, before)
 
 
@@ -126,7 +141,7 @@ def test_four_ranks(folders: dict[str, str], tmp_path: Path) -> None:
 
 def test_bf16_parameters_follow_the_restored_master(folders: dict[str, str], tmp_path: Path) -> None:
     first, second = (make_step(SINGLE, folders, Mesh.single(), dtype=torch.bfloat16) for _ in range(2))
-    train(first, SINGLE, range(2))
+    train(first, range(2))
     restore(save(tmp_path, 2, first.optimizer, first.mesh, extras={}, keep=1), second.optimizer, second.mesh)
     assert not _differ(second, state_of(first))
     assert load_file(tmp_path / "step-00000002" / FILE)["weight/model.norm.weight"].dtype == torch.float32
@@ -136,7 +151,7 @@ def test_bf16_parameters_follow_the_restored_master(folders: dict[str, str], tmp
 def step(folders: dict[str, str]) -> DistillationStep:
     """A single process after one step, so that no moment is zero."""
     step = make_step(SINGLE, folders, Mesh.single())
-    train(step, SINGLE, range(1))
+    train(step, range(1))
     return step
 
 
@@ -231,9 +246,9 @@ def test_other_tensors_are_named(step: DistillationStep, saved: Path) -> None:
     cases: list[tuple[Callable[[dict], dict], tuple[str, ...]]] = [
         (
             lambda tensors: {key: value for key, value in tensors.items() if key != name},
-            (f"no tensor '{name}'",),
+            (f"no tensor '{name}'", *OTHER),
         ),
-        (lambda tensors: {**tensors, "weight/model.extra": torch.zeros(3)}, ("weight/model.extra",)),
+        (lambda tensors: {**tensors, "weight/model.extra": torch.zeros(3)}, ("weight/model.extra", *OTHER)),
         (lambda tensors: {**tensors, name: tensors[name].t().contiguous()}, (name, "[32, 48]", "[48, 32]")),
         (lambda tensors: {**tensors, name: tensors[name].flatten()}, (name, "[1536]", "[48, 32]")),
     ]

@@ -17,7 +17,7 @@ from parallel.collectives import (
     shard_sizes,
     split_to_tp,
 )
-from parallel.mesh import Axis, Mesh, coordinates_of
+from parallel.mesh import Axis, Mesh
 from tests.workers import run_distributed
 
 
@@ -68,26 +68,6 @@ def _boundaries() -> None:
 
 def test_boundaries_of_a_tensor_parallel_region() -> None:
     run_distributed(3, _boundaries)
-
-
-def _layout() -> dict[str, tuple]:
-    mesh = Mesh.create(pp=2, dp=1, tp=2)
-    axes = {name: getattr(mesh, name) for name in ("pp", "dp", "tp", "model", "batch", "tie", "world")}
-    return {name: (axis.ranks, axis.rank) for name, axis in axes.items()}
-
-
-def test_axes_of_four_ranks() -> None:
-    layouts = run_distributed(4, _layout)
-    assert layouts[3] == {
-        "pp": ((1, 3), 1),
-        "dp": ((3,), 0),
-        "tp": ((2, 3), 1),
-        "model": ((0, 1, 2, 3), 3),
-        "batch": ((1, 3), 1),
-        "tie": ((1, 3), 1),
-        "world": ((0, 1, 2, 3), 3),
-    }
-    assert coordinates_of(5, dp=2, tp=2) == (1, 0, 1)
 
 
 def _too_small() -> None:

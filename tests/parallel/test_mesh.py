@@ -1,8 +1,12 @@
-"""The mesh: who stands where on every axis, on four processes, and what is refused."""
+"""The mesh: who stands where on every axis, on four processes, from two threads at once, and what is refused."""
 
 from __future__ import annotations
 
 import itertools
+import random
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import fields
 
 import pytest
@@ -13,36 +17,33 @@ from parallel.collectives import all_reduce_, gather_objects
 from parallel.mesh import Axis, Mesh, coordinates_of, pipelines_of
 from tests.workers import run_distributed
 
-AXES = ("pp", "dp", "tp", "model", "batch", "tie", "world")
+AXES = ("pp", "dp", "tp", "model", "world")
+GRADIENTS = ("dp", "tp", "tie", "model")
 # Written out by hand: the sets of ranks along each axis.
 EXPECTED = {
     (4, 1, 1): {
         "pp": [(0, 1, 2, 3)],
         "model": [(0, 1, 2, 3)],
-        "batch": [(0, 1, 2, 3)],
         "tie": [(0, 3)],
     },
-    (1, 4, 1): {"dp": [(0, 1, 2, 3)], "batch": [(0, 1, 2, 3)]},
+    (1, 4, 1): {"dp": [(0, 1, 2, 3)]},
     (1, 1, 4): {"tp": [(0, 1, 2, 3)], "model": [(0, 1, 2, 3)]},
     (2, 2, 1): {
         "pp": [(0, 2), (1, 3)],
         "dp": [(0, 1), (2, 3)],
         "model": [(0, 2), (1, 3)],
-        "batch": [(0, 1, 2, 3)],
         "tie": [(0, 2), (1, 3)],
     },
     (2, 1, 2): {
         "pp": [(0, 2), (1, 3)],
         "tp": [(0, 1), (2, 3)],
         "model": [(0, 1, 2, 3)],
-        "batch": [(0, 2), (1, 3)],
         "tie": [(0, 2), (1, 3)],
     },
     (1, 2, 2): {
         "dp": [(0, 2), (1, 3)],
         "tp": [(0, 1), (2, 3)],
         "model": [(0, 1), (2, 3)],
-        "batch": [(0, 2), (1, 3)],
     },
 }
 
@@ -58,19 +59,27 @@ def test_ranks_run_through_tp_first_and_pp_last() -> None:
             assert len({places[rank][1:] for rank in ranks}) == 1
 
 
+def _axes(mesh: Mesh) -> dict[str, Axis]:
+    axes = {name: getattr(mesh, name) for name in AXES}
+    return axes | {f"gradients {name}": getattr(mesh.gradients, name) for name in GRADIENTS}
+
+
 def _axes_of(shapes: list[tuple[int, int, int]]) -> list[dict]:
     """Return what this rank sees of each mesh, and what its groups really join."""
     rank, results = dist.get_rank(), []
     for pp, dp, tp in shapes:
         mesh = Mesh.create(pp=pp, dp=dp, tp=tp)
         seen: dict = {"describe": mesh.describe(), "pipelines": mesh.pipelines, "device": str(mesh.device)}
-        for name in AXES:
-            axis: Axis = getattr(mesh, name)
+        groups: dict[bool, set[str]] = {True: set(), False: set()}
+        for name, axis in _axes(mesh).items():
             total = torch.tensor([2**rank])
             all_reduce_(total, axis)
             seen[name] = (axis.name, axis.size, axis.rank, axis.ranks, axis.group is None)
             seen[f"{name} joins"] = (int(total), gather_objects(rank, axis))
             seen[f"{name} ends"] = (axis.is_first, axis.is_last)
+            if axis.group is not None:
+                groups[name.startswith("gradients")].add(axis.group.group_name)
+        seen["shared"] = groups[True] & groups[False]
         results.append(seen)
     return results
 
@@ -84,13 +93,46 @@ def test_axes_on_four_processes() -> None:
             assert seen["describe"] == f"rank {rank} (pp {place.pp}, dp {place.dp}, tp {place.tp})"
             assert seen["pipelines"] == pipelines_of(pp=shape[0], dp=shape[1], tp=shape[2])
             assert seen["device"] == "cpu"
-            for name in AXES:
-                sets = [(0, 1, 2, 3)] if name == "world" else EXPECTED[shape].get(name, [])
+            assert not seen["shared"], "gradients and compute may not share a group"
+            for name in (*AXES, *(f"gradients {name}" for name in GRADIENTS)):
+                short = name.removeprefix("gradients ")
+                sets = [(0, 1, 2, 3)] if name == "world" else EXPECTED[shape].get(short, [])
                 members = next((each for each in sets if rank in each), (rank,))
                 here = members.index(rank)
-                assert seen[name] == (name, len(members), here, members, len(members) == 1), (shape, rank)
+                assert seen[name] == (short, len(members), here, members, len(members) == 1), (shape, rank)
                 assert seen[f"{name} joins"] == (sum(2**each for each in members), list(members))
                 assert seen[f"{name} ends"] == (here == 0, here == len(members) - 1)
+
+
+def _sums(axes: Sequence[Axis], seed: int) -> list[int]:
+    """All-reduce over the axes in turn, each rank at its own pace; return the sums."""
+    pace, sums = random.Random(seed), []
+    for number in range(60):
+        time.sleep(pace.choice((0.0, 0.0, 0.002)))
+        value = torch.full((256,), (number + 1) * 10 ** dist.get_rank())
+        all_reduce_(value, axes[number % len(axes)])
+        sums.append(int(value[0]) if bool((value == value[0]).all()) else -1)
+    return sums
+
+
+def _two_threads() -> list[tuple[list[int], list[int]]]:
+    """Reduce over axes of the same ranks from two threads at once; return what came and what had to."""
+    mesh, beside, results = Mesh.create(pp=1, dp=2, tp=2), [], []
+    here = (mesh.dp, mesh.tp, mesh.model)
+    there = (mesh.gradients.model, mesh.gradients.dp, mesh.gradients.tp)
+    thread = threading.Thread(target=lambda: beside.extend(_sums(there, dist.get_rank())))
+    thread.start()
+    main = _sums(here, 10 + dist.get_rank())
+    thread.join()
+    for axes, sums in ((here, main), (there, beside)):
+        due = [sum(10**rank for rank in axes[n % 3].ranks) * (n + 1) for n in range(60)]
+        results.append((sums, due))
+    return results
+
+
+def test_gradients_reduce_beside_compute() -> None:
+    for results in run_distributed(4, _two_threads, timeout_s=60):
+        assert all(sums == due for sums, due in results)
 
 
 def _mistakes() -> tuple[list[str], str]:
@@ -113,8 +155,10 @@ def test_a_mesh_of_another_size_than_the_world_is_refused() -> None:
 def test_one_process_needs_no_group() -> None:
     assert not dist.is_initialized()
     mesh = Mesh.single()
-    axes = [getattr(mesh, field.name) for field in fields(mesh) if field.name != "device"]
-    assert [axis.name for axis in axes] == list(AXES)
+    assert [field.name for field in fields(mesh)] == [*AXES, "gradients", "device"]
+    assert [field.name for field in fields(mesh.gradients)] == list(GRADIENTS)
+    axes = list(_axes(mesh).values())
+    assert [axis.name for axis in axes] == [*AXES, *GRADIENTS]
     assert all(axis == Axis(axis.name, 1, 0, None, (0,)) for axis in axes)
     assert all(axis.is_first and axis.is_last for axis in axes)
     assert mesh.pipelines == [(0,)]

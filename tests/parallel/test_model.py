@@ -97,7 +97,7 @@ def test_export_returns_every_tensor_bit_for_bit(tied: bool, tmp_path: Path) -> 
     stage = build_stage(config, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64)
     load_weights(stage, tmp_path / "in")
     (tmp_path / "out").mkdir()
-    export_weights(stage, Mesh.single(), tmp_path / "out", dtype=torch.float64, max_shard_bytes=20_000)
+    export_weights([stage], Mesh.single(), tmp_path / "out", dtype=torch.float64, max_shard_bytes=20_000)
     config.save_pretrained(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).state_dict()

@@ -25,7 +25,7 @@ from parallel.weights import (
     load_weights,
     parameter_table,
 )
-from tests.families import save_tiny, tiny_config
+from tests.families import FAMILIES, save_tiny, tiny_config
 from tests.workers import run_distributed
 
 CONFIGS = {
@@ -75,7 +75,7 @@ def _load_and_export(folders: dict[str, Path], root: Path) -> list[dict[str, tup
             if mesh.world.is_first:
                 shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
             torch.distributed.barrier()
-            export_weights(stage, mesh, out, dtype=torch.float64, max_shard_bytes=MAX_SHARD_BYTES)
+            export_weights([stage], mesh, out, dtype=torch.float64, max_shard_bytes=MAX_SHARD_BYTES)
     return results
 
 
@@ -130,10 +130,50 @@ def test_slices_and_export_on_two_ranks(folders: dict[str, Path], tmp_path: Path
         _check_export(tmp_path / f"{name}-{'-'.join(f'{k}{v}' for k, v in layout.items())}", folders[name])
 
 
+def _export_two_stages_each(folders: dict[str, Path], root: Path) -> None:
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    for name, folder in folders.items():
+        stages = [_stage(name, pp=Axis("stage", 4, place)) for place in (mesh.pp.rank, mesh.pp.rank + 2)]
+        for stage in stages:
+            load_weights(stage, folder)
+        out = root / name
+        if mesh.world.is_first:
+            shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.distributed.barrier()
+        export_weights(stages, mesh, out, dtype=torch.float64, max_shard_bytes=MAX_SHARD_BYTES)
+
+
+def test_export_of_several_stages_a_rank(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_distributed(2, _export_two_stages_each, folders, tmp_path)
+    for name, folder in folders.items():
+        _check_export(tmp_path / name, folder)
+        layers = {
+            file[: len("model-stage000")]: key.split(".")[2]
+            for key, file in json.loads((tmp_path / name / INDEX).read_text())["weight_map"].items()
+            if ".layers." in key
+        }
+        assert layers == {f"model-stage00{place}": str(place) for place in range(4)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_parameter_knows_the_layer_that_completes_it(family: str, tied: bool) -> None:
+    config = tiny_config(family, tie_word_embeddings=tied)
+    for pp in (Axis("pp"), Axis("pp", 2, 0), Axis("pp", 2, 1), Axis("pp", 9, 8)):
+        stage = build_stage(config, pp=pp, tp=Axis("tp"))
+        for entry in parameter_table(stage):
+            if ".layers." in entry.name:
+                assert f".layers.{entry.layer}." in entry.name and entry.layer in stage.owned
+            elif entry.is_tied_copy or entry.name in ("model.norm.weight", "model.norm.bias", HEAD):
+                assert entry.layer == (stage.owned[-1] if stage.owned else None)
+            else:
+                assert entry.name == EMBEDDING and entry.layer is None
+
+
 def test_export_in_another_dtype_into_one_file(folders: dict[str, Path], tmp_path: Path) -> None:
     stage = _stage("tied")
     load_weights(stage, folders["tied"])
-    export_weights(stage, Mesh.single(), tmp_path, dtype=torch.bfloat16)
+    export_weights([stage], Mesh.single(), tmp_path, dtype=torch.bfloat16)
     (file,) = tmp_path.glob("*.safetensors")
     tensors = load_file(file)
     assert HEAD not in tensors, "a tied head is not written"
@@ -193,7 +233,7 @@ def test_an_untied_model_needs_its_head(folders: dict[str, Path], tmp_path: Path
 def _sharded(folders: dict[str, Path], target: Path) -> dict:
     stage = _stage("untied")
     load_weights(stage, folders["untied"])
-    export_weights(stage, Mesh.single(), target, dtype=torch.float64, max_shard_bytes=MAX_SHARD_BYTES)
+    export_weights([stage], Mesh.single(), target, dtype=torch.float64, max_shard_bytes=MAX_SHARD_BYTES)
     return json.loads((target / INDEX).read_text())
 
 

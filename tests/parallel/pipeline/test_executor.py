@@ -1,48 +1,105 @@
-"""The executor: the plan's order, one event each, and what a missing or failing handler says."""
+"""The executor: the plan's order, one event each, what runs beside the list, and what a missing or failing handler says."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from parallel.pipeline.actions import Action, Kind, parse
-from parallel.pipeline.executor import ActionFailed, execute
+from parallel.mesh import Mesh
+from parallel.pipeline.actions import Action, Kind, Plan, Shape, parse
+from parallel.pipeline.executor import ActionFailed, Executor
+from parallel.pipeline.p2p import Links
+from parallel.pipeline.simulate import Event
 
 PLACE = "rank 3 (pp 1, dp 0, tp 1)"
-ACTIONS = [parse(text) for text in ("1RECV_F0", "1F0", "1B0", "1W0", "1SEND_B0", "1REDUCE")]
+TEXTS = ("1F0", "1B0", "1W0", "1REDUCE", "1K1", "1NORM", "1STEP", "1GATHER")
+ACTIONS = [parse(text) for text in TEXTS]
+BESIDE = {Kind.REDUCE, Kind.NORM}
+
+
+def _run(
+    actions: Sequence[Action], handlers: Mapping[Kind, Callable[[Action], None]], first_microbatch: int = 0
+) -> list[Event]:
+    """Run a list as that of rank 1 of two."""
+    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(actions)))
+    executor = Executor(handlers, Links(Mesh.single(), {}), rank=1, place=PLACE)
+    try:
+        return executor.run(plan, first_microbatch=first_microbatch)
+    finally:
+        executor.close()
+
+
+def _all(handle: Callable[[Action], None]) -> dict[Kind, Callable[[Action], None]]:
+    return dict.fromkeys((action.kind for action in ACTIONS), handle)
 
 
 def test_actions_run_in_order_and_each_is_timed() -> None:
     ran: list[Action] = []
 
     def handle(action: Action) -> None:
-        ran.append(action)
+        if action.kind not in BESIDE:
+            ran.append(action)
         time.sleep(0.002 if action.kind is Kind.F else 0)
 
     before_s = time.perf_counter()
-    events = execute(ACTIONS, {action.kind: handle for action in ACTIONS}, rank=1, place=PLACE)
+    events = _run(ACTIONS, _all(handle))
     after_s = time.perf_counter()
-    assert ran == [event.action for event in events] == ACTIONS
+    in_turn = [action for action in ACTIONS if action.kind not in BESIDE]
+    assert ran == in_turn == [event.action for event in events if event.action.kind not in BESIDE]
+    assert sorted(map(str, ACTIONS)) == sorted(str(event.action) for event in events)
     assert {event.rank for event in events} == {1}
-    times_s = [time_s for event in events for time_s in (event.start_s, event.end_s)]
+    times_s = [each for e in events if e.action.kind not in BESIDE for each in (e.start_s, e.end_s)]
     assert [before_s, *times_s, after_s] == sorted([before_s, *times_s, after_s])
-    assert events[1].end_s - events[1].start_s >= 0.002
-    assert execute([], {}, rank=0, place=PLACE) == []
+    assert events[0].end_s - events[0].start_s >= 0.002
+    assert _run([], {}) == []
 
 
-def test_each_kind_has_its_own_handler() -> None:
-    seen: dict[str, list[str]] = {"F": [], "K": []}
-    handlers = {kind: lambda action, kind=kind: seen[kind].append(str(action)) for kind in (Kind.F, Kind.K)}
-    execute([parse("0K0.0"), parse("0F0"), parse("0K0.1")], handlers, rank=0, place=PLACE)
-    assert seen == {"F": ["0F0"], "K": ["0K0.0", "0K0.1"]}
+def test_handlers_see_the_number_in_the_run_and_events_that_of_the_plan() -> None:
+    seen: list[str] = []
+    events = _run([parse("1K1"), parse("1F0"), parse("1STEP")], _all(lambda a: seen.append(str(a))), 40)
+    assert seen == ["1K41", "1F40", "1STEP"]
+    assert [str(event.action) for event in events] == ["1K1", "1F0", "1STEP"]
+
+
+def test_reductions_run_beside_the_list_in_their_order_and_the_step_waits() -> None:
+    order: list[str] = []
+    started = threading.Event()
+
+    def handle(action: Action) -> None:
+        if action.kind is Kind.REDUCE:
+            assert started.wait(5), "the list must go on beside it"
+            assert threading.current_thread() is not threading.main_thread()
+        if action.kind is Kind.K:
+            started.set()
+        if action.kind is Kind.NORM:
+            time.sleep(0.05)
+        order.append(str(action))
+
+    _run(ACTIONS, _all(handle))
+    assert order[:3] == list(TEXTS[:3]) and order[-3:] == ["1NORM", "1STEP", "1GATHER"]
+    assert order.index("1K1") < order.index("1REDUCE") < order.index("1NORM")
+
+
+def test_a_failure_beside_the_list_is_told_at_the_step() -> None:
+    ran: list[Kind] = []
+
+    def handle(action: Action) -> None:
+        if action.kind is Kind.REDUCE:
+            raise ConnectionError("peer gone")
+        ran.append(action.kind)
+
+    with pytest.raises(ActionFailed, match=r"failed at 1REDUCE: ConnectionError: peer gone"):
+        _run(ACTIONS, _all(handle))
+    assert Kind.STEP not in ran
 
 
 def test_a_kind_without_a_handler_is_refused_before_anything_runs() -> None:
     ran: list[Action] = []
-    handlers = {kind: ran.append for kind in (Kind.RECV_F, Kind.F, Kind.B, Kind.SEND_B)}
-    with pytest.raises(ValueError, match=r"^no handler for REDUCE, W$"):
-        execute(ACTIONS, handlers, rank=1, place=PLACE)
+    with pytest.raises(ValueError, match=r"^no handler for GATHER, W$"):
+        _run(ACTIONS, {kind: ran.append for kind in _all(ran.append).keys() - {Kind.W, Kind.GATHER}})
     assert not ran
 
 
@@ -55,10 +112,10 @@ def test_a_failure_names_the_place_the_action_and_the_cause() -> None:
         ran.append(action)
 
     with pytest.raises(ActionFailed) as caught:
-        execute(ACTIONS, {action.kind: handle for action in ACTIONS}, rank=1, place=PLACE)
+        _run(ACTIONS, _all(handle))
     assert str(caught.value) == f"{PLACE} failed at 1B0: KeyError: 'nothing in the box'"
     assert isinstance(caught.value.__cause__, KeyError)
-    assert ran == ACTIONS[:2], "nothing runs after a failure"
+    assert ran == ACTIONS[:1], "nothing runs after a failure"
 
 
 def test_an_interrupt_is_no_failure_of_an_action() -> None:
@@ -66,4 +123,4 @@ def test_an_interrupt_is_no_failure_of_an_action() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(ACTIONS, {action.kind: handle for action in ACTIONS}, rank=1, place=PLACE)
+        _run(ACTIONS, _all(handle))

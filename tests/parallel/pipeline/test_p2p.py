@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Kind, parse
+from parallel.pipeline.buffers import ALIGNMENT_BYTES
 from parallel.pipeline.p2p import Links, Message
 from tests.workers import run_distributed
 
@@ -32,16 +35,26 @@ def _run(links: Links, text: str) -> None:
         handlers[action.kind](action)
 
 
+def _announce(links: Links, texts: Sequence[str]) -> None:
+    links.announce([parse(text) for text in texts])
+
+
 def _put(links: Links, kind: Kind, microbatch: int) -> None:
-    links.outbox[kind, microbatch] = _value(kind, microbatch, links.mesh.world.rank)
+    links.put(kind, links.mesh.pp.rank, microbatch, _value(kind, microbatch, links.mesh.world.rank))
 
 
 def _took(links: Links, kind: Kind, microbatch: int, source: int) -> bool:
-    return torch.equal(links.inbox.pop((kind, microbatch)), _value(kind, microbatch, source))
+    """Take a message, compare it, give it back."""
+    stage = links.mesh.pp.rank
+    tensor = links.take(kind, stage, microbatch)
+    assert tensor.data_ptr() % ALIGNMENT_BYTES == 0
+    same = torch.equal(tensor, _value(kind, microbatch, source))
+    links.release(kind, stage, microbatch)
+    return same
 
 
 def _posted(links: Links, kind: Kind) -> list[int]:
-    return [microbatch for microbatch, _, _ in links._channels[kind].posted]
+    return [action.microbatch for action, _, _ in links._incoming[kind].posted]
 
 
 def _window_and_order() -> None:
@@ -49,23 +62,22 @@ def _window_and_order() -> None:
     mesh = Mesh.create(pp=2, dp=1, tp=1)
     links = Links(mesh, MESSAGES, window=2)
     if mesh.pp.is_first:
-        actions = [parse(f"0SEND_F{index}") for index in range(COUNT)]
-        links.begin(actions)
+        _announce(links, [f"0SEND_F{index}" for index in range(COUNT)])
         for index in range(COUNT):
             _put(links, Kind.F, index)
             _run(links, f"0SEND_F{index}")
-            assert not links.outbox
+            assert links.is_empty
         links.finish()
-        assert not links._sends
+        assert not links.num_under_way
     else:
-        actions = [parse(f"1RECV_F{index}") for index in range(COUNT)]
-        links.begin(actions)
+        _announce(links, [f"1RECV_F{index}" for index in range(COUNT)])
         for index in range(COUNT):
-            assert _posted(links, Kind.RECV_F) == list(range(index, min(index + 2, COUNT)))
+            assert _posted(links, Kind.F) == list(range(index, min(index + 2, COUNT)))
             _run(links, f"1RECV_F{index}")
             assert _took(links, Kind.F, index, source=0)
-        links.finish()
-        assert not _posted(links, Kind.RECV_F) and not links._channels[Kind.RECV_F].awaited
+        assert not _posted(links, Kind.F) and not links._incoming[Kind.F].awaited
+        # One that was just taken, and two that were open.
+        assert links.num_buffers == 3
 
 
 def _late_kinds_do_not_block_others() -> None:
@@ -73,8 +85,7 @@ def _late_kinds_do_not_block_others() -> None:
     mesh = Mesh.create(pp=2, dp=1, tp=1)
     links = Links(mesh, MESSAGES)
     if mesh.pp.is_first:
-        plan = "0SEND_F0 0SEND_K0 0RECV_B0 0SEND_F1"
-        links.begin([parse(text) for text in plan.split()])
+        _announce(links, ["0SEND_F0", "0SEND_K0", "0RECV_B0", "0SEND_F1"])
         # The other rank has all its receives open by now.
         time.sleep(0.1)
         _put(links, Kind.F, 0)
@@ -84,15 +95,35 @@ def _late_kinds_do_not_block_others() -> None:
         _put(links, Kind.F, 1)
         _run(links, "0SEND_F1")
     else:
-        plan = "1RECV_F0 1RECV_K0 1SEND_B0 1RECV_F1"
-        links.begin([parse(text) for text in plan.split()])
-        assert _posted(links, Kind.RECV_F) == [0, 1] and _posted(links, Kind.RECV_K) == [0]
+        _announce(links, ["1RECV_F0", "1RECV_K0", "1SEND_B0", "1RECV_F1"])
+        assert _posted(links, Kind.F) == [0, 1] and _posted(links, Kind.K) == [0]
         _run(links, "1RECV_K0 1RECV_F0")
         assert _took(links, Kind.K, 0, source=0) and _took(links, Kind.F, 0, source=0)
         # A view with strides of its own must arrive like any other.
-        links.outbox[Kind.B, 0] = _value(Kind.B, 0, 1).t().contiguous().t()
+        links.put(Kind.B, 1, 0, _value(Kind.B, 0, 1).t().contiguous().t())
         _run(links, "1SEND_B0 1RECV_F1")
         assert _took(links, Kind.F, 1, source=0)
+    links.finish()
+
+
+def _sent_in_one_list_received_in_the_next() -> None:
+    """A teacher's message crosses the end of a step: the sender does not wait, and other kinds are not held up."""
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    links = Links(mesh, MESSAGES)
+    if mesh.pp.is_first:
+        _announce(links, ["0SEND_K0", "0SEND_K1", "0SEND_F0"])
+        for kind, index in ((Kind.K, 0), (Kind.K, 1), (Kind.F, 0)):
+            _put(links, kind, index)
+            _run(links, f"0SEND_{kind}{index}")
+        torch.distributed.barrier()
+    else:
+        _announce(links, ["1RECV_F0", "1RECV_K0"])
+        _run(links, "1RECV_F0 1RECV_K0")
+        assert _took(links, Kind.F, 0, source=0) and _took(links, Kind.K, 0, source=0)
+        torch.distributed.barrier()
+        _announce(links, ["1RECV_K1"])
+        _run(links, "1RECV_K1")
+        assert _took(links, Kind.K, 1, source=0)
     links.finish()
 
 
@@ -102,55 +133,62 @@ def _finish_waits_for_the_receiver() -> None:
     large = torch.arange(1 << 22, dtype=torch.float64)
     links = Links(mesh, {Kind.F: Message(tuple(large.shape), large.dtype)})
     if mesh.pp.is_first:
-        links.begin([parse("0SEND_F0")])
-        links.outbox[Kind.F, 0] = large
+        links.put(Kind.F, 0, 0, large)
         _run(links, "0SEND_F0")
-        ((work, kept),) = links._sends
-        assert kept is large and not work.is_completed()
+        watched = weakref.ref(large)
+        del large
+        assert links.num_under_way == 1 and watched() is not None, "kept until it has left"
         torch.distributed.barrier()
         links.finish()
-        assert work.is_completed() and not links._sends
+        assert not links.num_under_way
     else:
         torch.distributed.barrier()
-        links.begin([parse("1RECV_F0")])
+        _announce(links, ["1RECV_F0"])
         _run(links, "1RECV_F0")
-        assert torch.equal(links.inbox.pop((Kind.F, 0)), large)
-        links.finish()
+        assert torch.equal(links.take(Kind.F, 1, 0), large)
 
 
 def _mistakes() -> None:
     mesh = Mesh.create(pp=2, dp=1, tp=1)
     links = Links(mesh, {kind: MESSAGES[kind] for kind in (Kind.F, Kind.B)})
-    own = "SEND_F RECV_B" if mesh.pp.is_first else "RECV_F SEND_B"
-    assert links._channels.keys() == set(own.split()), "kinds left out have no channel"
-    for box in (links.inbox, links.outbox):
-        box[Kind.F, 3] = torch.zeros(1)
-        with pytest.raises(AssertionError, match="'F'.*3"):
-            links.begin([])
-        box.clear()
+    sends, receives = ({Kind.F}, {Kind.B}) if mesh.pp.is_first else ({Kind.B}, {Kind.F})
+    assert (links._outgoing.keys(), links._incoming.keys()) == (sends, receives)
     if mesh.pp.is_first:
-        links.begin([])
         for wrong in (torch.zeros(3, 2, dtype=torch.float64), torch.zeros(2, 3)):
-            links.outbox[Kind.F, 0] = wrong
+            links.put(Kind.F, 0, 0, wrong)
             with pytest.raises(AssertionError, match=r"0SEND_F0.*\(2, 3\).*float64"):
                 _run(links, "0SEND_F0")
         for index in (0, 1):
             _put(links, Kind.F, index)
             _run(links, f"0SEND_F{index}")
     else:
-        links.begin([parse("1RECV_F0"), parse("1RECV_F1")])
+        _announce(links, ["1RECV_F0", "1RECV_F1"])
         _run(links, "1RECV_F0")
-        with pytest.raises(AssertionError, match="1RECV_F0: micro-batch 1 is next"):
+        with pytest.raises(AssertionError, match="1RECV_F0: 1RECV_F1 is next"):
             _run(links, "1RECV_F0")
+        with pytest.raises(KeyError):
+            links.release(Kind.F, 1, 0)
     links.finish()
+
+
+def _latency() -> None:
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    links = Links(mesh, MESSAGES)
+    seconds = links.measure_latency()
+    assert 0 < seconds < 0.5 and links.is_empty
+    agreed = torch.tensor([seconds, -seconds], dtype=torch.float64)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    assert agreed.tolist() == [seconds, -seconds], "equal on all ranks"
 
 
 def _two_ranks() -> None:
     for check in (
         _window_and_order,
         _late_kinds_do_not_block_others,
+        _sent_in_one_list_received_in_the_next,
         _finish_waits_for_the_receiver,
         _mistakes,
+        _latency,
     ):
         check()
 
@@ -168,23 +206,23 @@ def _neighbours(shapes: list[tuple[int, int, int]]) -> None:
         stride = dp * tp
         actions = []
         if not mesh.pp.is_first:
-            actions += [parse(f"{stage}{kind}0") for kind in ("RECV_F", "RECV_K", "SEND_B")]
+            actions += [f"{stage}{kind}0" for kind in ("RECV_F", "RECV_K", "SEND_B")]
         if not mesh.pp.is_last:
-            actions += [parse(f"{stage}{kind}0") for kind in ("SEND_F", "SEND_K", "RECV_B")]
-        links.begin(actions)
+            actions += [f"{stage}{kind}0" for kind in ("SEND_F", "SEND_K", "RECV_B")]
+        _announce(links, actions)
         for kind in (Kind.F, Kind.K) if not mesh.pp.is_last else ():
             _put(links, kind, 0)
         if not mesh.pp.is_first:
             _put(links, Kind.B, 0)
         # Sends first: a receive waits for a neighbour that may be waiting here.
-        for action in sorted(actions, key=lambda action: action.kind.startswith("RECV")):
-            _run(links, str(action))
-        received = {(kind, 0) for kind in (Kind.F, Kind.K)} if not mesh.pp.is_first else set()
-        received |= {(Kind.B, 0)} if not mesh.pp.is_last else set()
-        assert links.inbox.keys() == received
-        for kind, microbatch in received:
+        for action in sorted(actions, key=lambda action: "RECV" in action):
+            _run(links, action)
+        received = {Kind.F, Kind.K} if not mesh.pp.is_first else set()
+        received |= {Kind.B} if not mesh.pp.is_last else set()
+        for kind in received:
             source = here + (stride if kind == Kind.B else -stride)
-            assert _took(links, kind, microbatch, source), (pp, dp, tp, here, kind)
+            assert _took(links, kind, 0, source), (pp, dp, tp, here, kind)
+        assert links.is_empty
         links.finish()
 
 
@@ -192,10 +230,38 @@ def test_every_rank_talks_to_its_own_pipeline() -> None:
     run_distributed(4, _neighbours, [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)], timeout_s=60)
 
 
-def test_one_stage_has_handlers_and_no_channel() -> None:
+def _around(pp: int) -> None:
+    """With two stages a rank a forward passes every rank twice, and the last rank's neighbour is the first."""
+    mesh = Mesh.create(pp=pp, dp=1, tp=1)
+    links = Links(mesh, MESSAGES, num_stages=2 * pp)
+    here, last = mesh.pp.rank, 2 * pp - 1
+    for kind, stages in ((Kind.F, range(2 * pp)), (Kind.B, range(last, -1, -1))):
+        mine = [stage for stage in stages if stage % pp == here]
+        ends = (0, last) if kind is Kind.F else (last, 0)
+        _announce(links, [f"{stage}RECV_{kind}0" for stage in mine if stage != ends[0]])
+        for stage in mine:
+            tensor = torch.full(MESSAGES[kind].shape, 1.0, dtype=torch.float64)
+            if stage != ends[0]:
+                _run(links, f"{stage}RECV_{kind}0")
+                tensor = links.take(kind, stage, 0) + 1
+                links.release(kind, stage, 0)
+            if stage == ends[1]:
+                assert (tensor == 2 * pp).all()
+            else:
+                links.put(kind, stage, 0, tensor)
+                _run(links, f"{stage}SEND_{kind}0")
+    links.finish()
+
+
+@pytest.mark.parametrize("pp", [2, 3])
+def test_several_stages_a_rank(pp: int) -> None:
+    run_distributed(pp, _around, pp, timeout_s=60)
+
+
+def test_one_rank_has_handlers_and_no_channel() -> None:
     links = Links(Mesh.single(), MESSAGES)
-    assert not links._channels
+    assert not links._incoming and not links._outgoing and links.measure_latency() == 0.0
     kinds = {Kind(f"{way}_{kind}") for way in ("SEND", "RECV") for kind in "FBK"}
     assert links.handlers().keys() == kinds
-    links.begin([parse("0F0"), parse("0B0")])
+    _announce(links, ["0F0", "0B0"])
     links.finish()

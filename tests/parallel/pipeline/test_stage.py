@@ -1,8 +1,9 @@
-"""A stage with a micro-batch: whole against split backward, what is kept and for how long, slices against the whole."""
+"""A stage with a micro-batch: whole against split backward, layers done, what is kept how long, slices against the whole."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
 from parallel.pipeline.stage import ForwardStage, TrainStage
 from parallel.recompute import Recompute
 from parallel.weights import load_weights, parameter_table
+from tests.families import FAMILIES as ALL_FAMILIES
 from tests.families import save_tiny, tiny_config, tiny_model
 from tests.workers import run_distributed
 
@@ -35,7 +37,7 @@ def _stages(family: str, folder: Path, tp: Axis, **options: object) -> list[Stag
 
 def _flat_gradients(stage: StageModel) -> None:
     """Let the gradients gather in an optimizer's flat buffer, as in training."""
-    StageOptimizer.of_stage(stage, Mesh.single(), AdamWOptions(), LearningRate(1.0, 0, 1))
+    StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), LearningRate(1.0, 0, 1))
 
 
 def _gradients(stages: list[StageModel]) -> dict[str, Tensor]:
@@ -115,6 +117,98 @@ def test_split_backward_equals_the_whole_one_on_shards(tmp_path: Path) -> None:
         family: str(save_tiny(tmp_path / family, tiny_config(family))) for family in ("llama", "qwen3")
     }
     assert run_distributed(2, _split_on_shards, folders) == [[], []]
+
+
+def _gradients_by_layer(stage: StageModel) -> dict[int | None, list[Tensor]]:
+    """Return the flat gradients by the layer after whose backward the table says that they are complete."""
+    layers: dict[int | None, list[Tensor]] = {}
+    for entry in parameter_table(stage):
+        layers.setdefault(entry.layer, []).append(entry.parameter.main_grad)
+    return layers
+
+
+def _wrong_calls(family: str, folder: Path, tp: Axis, **options: object) -> list[str]:
+    """Run two micro-batches through both stages; return the layers that were reported wrongly in the last backward."""
+    stages = _stages(family, folder, tp, **options)
+    for stage in stages:
+        _flat_gradients(stage)
+    trained, wrong = [TrainStage(stage) for stage in stages], []
+    outputs: list[list[Tensor]] = [[], []]
+    for index, ids in enumerate(IDS):
+        for place, x in enumerate((ids, None)):
+            x = outputs[0][index] if x is None else x
+            outputs[place].append(trained[place].forward(index, x, POSITIONS))
+    for index in range(2):
+        hidden = outputs[1][index].requires_grad_()
+        stages[1].head(hidden).sin().sum().backward()
+        gradient = hidden.grad
+        for stage, train in ((stages[1], trained[1]), (stages[0], trained[0])):
+            layers = _gradients_by_layer(stage)
+            at_call: dict[int, dict[int | None, list[Tensor]]] = {}
+
+            def layer_done(layer: int, layers: dict = layers, at_call: dict = at_call) -> object:
+                at_call[layer] = {key: [value.clone() for value in values] for key, values in layers.items()}
+                return at_call
+
+            gradient = train.backward(index, gradient, layer_done=layer_done if index == 1 else None)
+            if index == 0:
+                continue
+            if list(at_call) != [*stage.owned][::-1]:
+                wrong.append(f"called with {list(at_call)}")
+            for layer, seen in at_call.items():
+                if not all(map(torch.equal, seen[layer], layers[layer])):
+                    wrong.append(f"layer {layer} too early")
+                # A call that came before its time would be seen: what comes next is not complete yet.
+                following = layer - 1 if layer > stage.owned[0] else None
+                if any(map(torch.equal, seen.get(following, []), layers.get(following, []))):
+                    wrong.append(f"layer {following} is complete with layer {layer}")
+    return wrong
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_layer_is_done_when_its_gradients_are(family: str, recompute: Recompute, tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config(family))
+    assert _wrong_calls(family, tmp_path, Axis("tp"), recompute=recompute) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_are_done_as_others_are(tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("starcoder2"))
+    assert _wrong_calls("starcoder2", tmp_path, Axis("tp"), compile_layers=True) == []
+
+
+def _wrong_calls_on_shards(folders: dict[str, str]) -> list[str]:
+    mesh = Mesh.create(pp=1, dp=1, tp=2)
+    return [
+        f"{family} {recompute} {words}"
+        for family, folder in folders.items()
+        for recompute in ("none", "selective", "full")
+        for words in _wrong_calls(family, Path(folder), mesh.tp, recompute=recompute)
+    ]
+
+
+def test_a_layer_is_done_when_its_gradients_are_on_shards(tmp_path: Path) -> None:
+    families = ("llama", "qwen3", "gemma2", "olmo2", "starcoder2")
+    folders = {family: str(save_tiny(tmp_path / family, tiny_config(family))) for family in families}
+    assert run_distributed(2, _wrong_calls_on_shards, folders) == [[], []]
+
+
+def test_layers_of_a_whole_tied_model_are_done_before_its_embedding(tmp_path: Path) -> None:
+    config = tiny_config("qwen3", tie_word_embeddings=True)
+    save_tiny(tmp_path, config)
+    stage = build_stage(config, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64)
+    load_weights(stage, tmp_path)
+    _flat_gradients(stage)
+    train, seen = TrainStage(stage), []
+    hidden = train.forward(0, IDS[0], POSITIONS).requires_grad_()
+    stage.head(hidden).sin().sum().backward()
+    embedding = stage.embedding.weight.main_grad
+    stage(IDS[1], POSITIONS)
+    train.backward(0, hidden.grad, layer_done=lambda layer: seen.append((layer, embedding.clone())))
+    assert [layer for layer, _ in seen] == [3, 2, 1, 0]
+    assert not any(torch.equal(value, embedding) for _, value in seen)
 
 
 def test_no_weight_gradient_before_backward_weight(tmp_path: Path) -> None:
