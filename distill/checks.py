@@ -31,6 +31,7 @@ _POSITIVE = (
     "mesh.tp",
     "pipeline.virtual_stages",
     "pipeline.slices",
+    "pipeline.measure_steps",
     "data.seq_len",
     "train.global_batch_size",
     "train.microbatch_size",
@@ -45,6 +46,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "train.seed",
+    "pipeline.replan_every",
     "optimizer.weight_decay",
     "optimizer.warmup_steps",
     "checkpoint.every",
@@ -54,8 +56,8 @@ _SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
 _WORDS = {
     "student.prune.method": ("activation", "l1"),
     "loss.kind": ("forward_kl",),
-    "pipeline.schedule": ("gpipe", "1f1b"),
-    "pipeline.teacher": ("inline", "batch"),
+    "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
+    "pipeline.teacher": ("fill", "inline", "batch"),
     "train.recompute": ("none", "selective", "full"),
     "train.dtype": ("bfloat16", "float32", "float64"),
     "optimizer.engine": ("torch",),
@@ -64,8 +66,6 @@ _WORDS = {
     "run.device": ("auto", "cpu", "cuda"),
 }
 _LATER = {
-    "pipeline.schedule": ("interleaved", "zero_bubble"),
-    "pipeline.teacher": ("fill",),
     "optimizer.engine": ("deepspeed",),
 }
 """Words that CONTRACT promises and the code does not have yet."""
@@ -130,11 +130,18 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
             than the model's positions.
     """
     models = {"teacher": teacher.get_text_config(), "student": student.get_text_config()}
+    virtual_stages = config.pipeline.virtual_stages
     for who, model in models.items():
         if config.mesh.pp > model.num_hidden_layers:
             raise ConfigError(
                 f"mesh.pp={config.mesh.pp} is more than num_hidden_layers={model.num_hidden_layers} of the {who}; "
                 f"use at most {model.num_hidden_layers}"
+            )
+        if who == "student" and config.mesh.pp * virtual_stages > model.num_hidden_layers:
+            raise ConfigError(
+                f"mesh.pp={config.mesh.pp} x pipeline.virtual_stages={virtual_stages} is more than "
+                f"num_hidden_layers={model.num_hidden_layers} of the student; use at most "
+                f"{model.num_hidden_layers // config.mesh.pp} virtual stages"
             )
         longest = getattr(model, "max_position_embeddings", None)
         if longest is not None and config.data.seq_len > longest:
@@ -205,11 +212,7 @@ def _check_values(flat: dict[str, Any]) -> None:
 
 def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
-    if flat["pipeline.virtual_stages"] != 1:
-        raise ConfigError(
-            f"pipeline.virtual_stages={flat['pipeline.virtual_stages']} needs the interleaved schedule, "
-            "which is not built yet; use 1"
-        )
+    _check_virtual_stages(flat)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -231,6 +234,18 @@ def _check_related(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
         )
+
+
+def _check_virtual_stages(flat: dict[str, Any]) -> None:
+    virtual_stages, schedule = flat["pipeline.virtual_stages"], flat["pipeline.schedule"]
+    if virtual_stages == 1:
+        return
+    if schedule not in ("interleaved", "gpipe"):
+        raise ConfigError(
+            f"pipeline.virtual_stages={virtual_stages} does not go with pipeline.schedule={schedule}; use interleaved, or 1"
+        )
+    if flat["mesh.pp"] == 1:
+        raise ConfigError(f"pipeline.virtual_stages={virtual_stages} needs mesh.pp of 2 or more; use 1")
 
 
 def _check_batch(config: Config) -> None:

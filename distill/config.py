@@ -79,13 +79,17 @@ class MeshShape:
 @dataclass(frozen=True)
 class Pipeline:
     schedule: str = "1f1b"
-    """Order of the student's work: `gpipe` or `1f1b`."""
-    teacher: str = "inline"
-    """When the teacher runs: `inline` (before each micro-batch) or `batch` (before each step)."""
+    """Order of the student's work: `gpipe`, `1f1b`, `interleaved` (with virtual stages) or `zero_bubble`."""
+    teacher: str = "fill"
+    """When the teacher runs: `fill` (the next batch's in the student's idle time), `inline` (before each micro-batch) or `batch` (before each step)."""
     virtual_stages: int = 1
-    """Chunks of layers a rank holds; 1 until the interleaved schedule exists."""
-    slices: int = 1
-    """Pieces a stage's teacher forward is cut into."""
+    """Stages of the student on each rank; more than 1 goes with `interleaved` and `gpipe`."""
+    slices: int | None = None
+    """Pieces a rank's teacher forward is cut into; null chooses about one student forward each."""
+    measure_steps: int = 3
+    """Steps that measure, with the teacher inline, before `fill` is planned; the first of them warms up."""
+    replan_every: int = 50
+    """Steps between looks at whether costs have moved by more than 15 % since they were planned with; 0 never looks."""
     student_layers: tuple[int, ...] | None = None
     """Layers of the student on each stage; null evens out the work."""
     teacher_layers: tuple[int, ...] | None = None

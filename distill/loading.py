@@ -21,7 +21,7 @@ from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.shape import planned_config, resolve_shape
 from parallel.collectives import broadcast_object
-from parallel.mesh import Mesh
+from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
 from parallel.plan import UnsupportedModel
 from parallel.weights import WeightsError, load_weights
@@ -103,33 +103,37 @@ def load_stage(
     *,
     trainable: bool,
     key: str,
-    layers: Sequence[range] | None = None,
+    layers: Sequence[range],
+    stage: int,
+    num_slices: int = 1,
 ) -> StageModel:
-    """Build this rank's stage of a model and read its weights.
+    """Build one of this rank's stages of a model and read its weights.
 
     Args:
         key: the setting that names the model, for messages.
-        layers: of each stage; by default as many on each.
+        layers: of each stage of the model.
+        stage: which one.
+        num_slices: pieces it can be run in.
     Raises:
         ConfigError: the family or the files do not fit.
     """
     try:
-        stage = build_stage(
+        model = build_stage(
             model_config,
-            pp=mesh.pp,
+            pp=Axis("stage", size=len(layers), rank=stage),
             tp=mesh.tp,
-            owned=None if layers is None else layers[mesh.pp.rank],
+            owned=layers[stage],
             device=mesh.device,
             dtype=DTYPES[config.train.dtype],
             trainable=trainable,
-            num_slices=1 if trainable else config.pipeline.slices,
+            num_slices=num_slices,
             recompute=config.train.recompute,
             compile_layers=config.train.compile,
         )
-        load_weights(stage, folder)
+        load_weights(model, folder)
     except (UnsupportedModel, WeightsError) as error:
         raise ConfigError(f"{key}={folder}: {error}") from error
-    return stage
+    return model
 
 
 def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
@@ -146,29 +150,36 @@ def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
         trainable=False,
         key="teacher.model",
         layers=models.split.teacher,
+        stage=mesh.pp.rank,
+        num_slices=models.split.num_slices,
     )
 
 
 def load_student(
     config: Config, mesh: Mesh, models: Models, *, trainable: bool
-) -> tuple[StageModel, PretrainedConfig]:
-    """Load this rank's stage of the student, which is there by now; return it with the whole model's config.
+) -> tuple[list[StageModel], PretrainedConfig]:
+    """Load this rank's stages of the student, which is there by now; return them with the whole model's config.
 
     Raises:
         ConfigError: the family or the files do not fit.
     """
     student_config = load_config(models.student_folder, key="student.model")
     check_models(config, models.teacher_config, student_config)
-    stage = load_stage(
-        models.student_folder,
-        student_config,
-        config,
-        mesh,
-        trainable=trainable,
-        key="student.model",
-        layers=models.split.student,
-    )
-    return stage, student_config
+    layers = models.split.student
+    stages = [
+        load_stage(
+            models.student_folder,
+            student_config,
+            config,
+            mesh,
+            trainable=trainable,
+            key="student.model",
+            layers=layers,
+            stage=stage,
+        )
+        for stage in range(mesh.pp.rank, len(layers), mesh.pp.size)
+    ]
+    return stages, student_config
 
 
 @dataclass(frozen=True)

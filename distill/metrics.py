@@ -49,6 +49,8 @@ _NAMES = {
     "step_s": "time/step_s",
     "tokens_per_s": "throughput/tokens_per_s",
     "bubble_fraction": "pipeline/bubble_fraction",
+    "planned_bubble_fraction": "pipeline/planned_bubble_fraction",
+    "planned_step_s": "pipeline/planned_step_s",
     "peak_bytes": "memory/peak_bytes",
 }
 
@@ -74,10 +76,13 @@ class StepMetrics:
     tokens_per_s: float
     bubble_fraction: float
     """Measured idle share of the step over all stages."""
+    planned_bubble_fraction: float | None
+    planned_step_s: float | None
+    """What the plan in force promises in the steady state; None until the costs have been measured."""
     peak_bytes: int
     """Largest of all ranks."""
 
-    def named(self) -> dict[str, float]:
+    def named(self) -> dict[str, float | None]:
         """Return the numbers under the names of `metrics.jsonl` and wandb; what is not finite becomes null."""
         return {name: _finite(getattr(self, field)) for field, name in _NAMES.items()}
 
@@ -221,7 +226,7 @@ class RunLog:
     def _to_wandb(self, values: Mapping[str, Any], *, step: int) -> None:
         run = self._wandb
         if run is not None:
-            run.log(dict(values), step=step)
+            run.log({name: value for name, value in values.items() if value is not None}, step=step)
 
 
 def duration(seconds: float) -> str:
@@ -251,9 +256,9 @@ def _layout(config: Config) -> dict[str, Any]:
     }
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """Return the number, or None for what JSON cannot hold."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _start_wandb(config: Config, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: models, rows, student, optimizer, plan and links.
+"""Everything a run needs before its first step: models, rows, student, optimizer, planner and links.
 
 Decides the order: the teacher is loaded first, because the student is cut from it where it stands.
 """
@@ -16,38 +16,14 @@ from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
 from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
+from distill.planning import Planner, needs_teacher
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
-from parallel.pipeline.actions import Kind, Plan
-from parallel.pipeline.lower import add_communication
-from parallel.pipeline.p2p import Links
-from parallel.pipeline.schedules import make_plan
-from parallel.pipeline.validate import check_deadlock, validate
-
-
-def make_training_plan(config: Config) -> Plan:
-    """Return the lowered plan of one step, proven: dependencies, bounds, no deadlock."""
-    pipeline = config.pipeline
-    plan = make_plan(
-        schedule=pipeline.schedule,
-        teacher=pipeline.teacher if needs_teacher(config) else None,
-        num_ranks=config.mesh.pp,
-        num_microbatches=config.num_microbatches,
-        num_slices=pipeline.slices,
-        virtual_stages=pipeline.virtual_stages,
-    )
-    lowered = add_communication(plan)
-    validate(lowered)
-    check_deadlock(lowered)
-    return lowered
-
-
-def needs_teacher(config: Config) -> bool:
-    """Whether the loss looks at the teacher at all."""
-    return config.loss.alpha < 1.0
+from parallel.pipeline.actions import Kind
+from parallel.pipeline.p2p import Links, Message
 
 
 @dataclass
@@ -56,15 +32,16 @@ class Session:
 
     models: Models
     corpus: Corpus
-    batches: Batches
     teacher: StageModel
-    student: StageModel
+    students: list[StageModel]
+    """This rank's stages, in ascending order."""
     student_config: PretrainedConfig
     optimizer: StageOptimizer
-    plan: Plan
-    links: Links
+    planner: Planner
     step: DistillationStep
     judging: Sequence[MicroBatch]
+    judging_links: Links
+    """Channels of their own: a teacher that is ahead has messages under way on the training's."""
     prune_s: float
     """Seconds that making the student took; 0 when it was there."""
 
@@ -88,47 +65,62 @@ def open_session(config: Config, mesh: Mesh) -> Session:
     )
     teacher = load_teacher(config, mesh, models)
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
-    student, student_config = load_student(config, mesh, models, trainable=True)
-    optimizer = StageOptimizer.of_stage(student, mesh, _adamw(config), _learning_rate(config))
-    plan = make_training_plan(config)
-    rows, seq_len = config.train.microbatch_size, config.data.seq_len
-    links = Links(mesh, messages(student, teacher, rows=rows, seq_len=seq_len))
+    students, student_config = load_student(config, mesh, models, trainable=True)
+    optimizer = StageOptimizer.of_stages(students, mesh, _adamw(config), _learning_rate(config))
+    traffic = _traffic(config, students, teacher)
+    links = Links(mesh, traffic, num_stages=len(models.split.student))
+    latency_s = links.measure_latency()
+    planner = Planner(config, mesh, num_slices=models.split.num_slices, latency=latency_s)
     step = DistillationStep(
         mesh=mesh,
-        student=student,
+        students=students,
         teacher=teacher if needs_teacher(config) else None,
         optimizer=optimizer,
-        plan=plan,
+        course=planner.course,
         loss=config.loss,
         links=links,
+        batches=batches.step,
     )
-    judging = corpus.judging(config, mesh)
     return Session(
-        models,
-        corpus,
-        batches,
-        teacher,
-        student,
-        student_config,
-        optimizer,
-        plan,
-        links,
-        step,
-        judging,
-        prune_s,
+        models=models,
+        corpus=corpus,
+        teacher=teacher,
+        students=students,
+        student_config=student_config,
+        optimizer=optimizer,
+        planner=planner,
+        step=step,
+        judging=corpus.judging(config, mesh),
+        judging_links=_forward_links(config, mesh, models, students, teacher),
+        prune_s=prune_s,
     )
+
+
+def _traffic(
+    config: Config, students: Sequence[StageModel], teacher: StageModel | None
+) -> dict[Kind, Message]:
+    student = students[0] if students else None
+    return messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
+
+
+def _forward_links(
+    config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel
+) -> Links:
+    """Return channels for forward passes alone. Collectives: those of making `Links`."""
+    traffic = _traffic(config, students, teacher)
+    forward = {kind: message for kind, message in traffic.items() if kind is not Kind.B}
+    return Links(mesh, forward, num_stages=len(models.split.student))
 
 
 def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teacher: StageModel) -> float:
     """Cut the student out of the loaded teacher into `models.student_folder`; return the seconds it took."""
-    traffic = messages(None, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
     return prune_teacher(
         config,
         mesh,
         teacher=teacher,
         teacher_config=models.teacher_config,
         teacher_folder=models.teacher_folder,
-        links=Links(mesh, {Kind.K: traffic[Kind.K]}),
+        links=_forward_links(config, mesh, models, (), teacher),
         microbatches=corpus.calibration(config, mesh),
         target=models.student_folder,
     )
@@ -176,15 +168,14 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
     models = find_models(config, mesh)
     corpus = load_corpus(config, mesh, models.teacher_folder)
     teacher = load_teacher(config, mesh, models)
-    student, _ = load_student(config, mesh, models, trainable=False)
-    traffic = messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
-    links = Links(mesh, {kind: traffic[kind] for kind in (Kind.F, Kind.K)})
+    students, _ = load_student(config, mesh, models, trainable=False)
+    links = _forward_links(config, mesh, models, students, teacher)
     judging = corpus.judging(config, mesh)
     judged = {
         "teacher": evaluate(mesh, links, judging, teacher=teacher),
-        "student": evaluate(mesh, links, judging, student=student, teacher=teacher),
+        "student": evaluate(mesh, links, judging, students=students, teacher=teacher),
     }
-    sizes = {"teacher": num_parameters(teacher, mesh), "student": num_parameters(student, mesh)}
+    sizes = {"teacher": num_parameters([teacher], mesh), "student": num_parameters(students, mesh)}
     return [
         {
             "model": who,

@@ -1,4 +1,4 @@
-"""The run's timeline files: one measured step of one replica, beside the same plan simulated at the measured costs.
+"""The run's timeline files: one measured step of one replica, beside the same plan simulated.
 
 The clocks of the pipeline's ranks are set by a barrier, so the picture is right to about a message's latency.
 """
@@ -6,16 +6,15 @@ The clocks of the pipeline's ranks are set by a barrier, so the picture is right
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.planning import costs_of, medians, steady_state
 from parallel.collectives import barrier, gather_objects
 from parallel.mesh import Mesh
-from parallel.pipeline.actions import STEP_END, Kind, Plan
-from parallel.pipeline.simulate import Costs, Event, simulate
+from parallel.pipeline.actions import Plan
+from parallel.pipeline.simulate import Costs, Event
 from parallel.pipeline.trace import to_chrome, to_svg
 
 SVG_FILE, JSON_FILE = "timeline.svg", "timeline.json"
@@ -29,43 +28,26 @@ def gather_events(mesh: Mesh, events: Sequence[Event]) -> list[Event]:
     return [event for stage in gather_objects(mine, mesh.pp) for event in stage]
 
 
-def measured_costs(events: Sequence[Event], plan: Plan) -> Costs:
-    """Return the median seconds of each kind of action on each stage.
+def write_timeline(
+    folder: Path, mesh: Mesh, plan: Plan, events: Sequence[Event], costs: Costs | None = None
+) -> None:
+    """Write `timeline.svg` and `timeline.json` from rank 0.
 
-    A whole backward is measured as one: it is booked as B, and its W costs nothing.
+    Args:
+        plan: by which the events ran; a plan with look-ahead is drawn in its steady state.
+        events: of one step on this rank.
+        costs: what the plan was made from; the events' own by default.
+    Collectives: those of `gather_events`.
     """
-    durations: dict[tuple[Kind, int], list[float]] = defaultdict(list)
-    for event in events:
-        durations[event.action.kind, event.action.stage].append(event.end_s - event.start_s)
-
-    def each(kind: Kind, count: int) -> list[float]:
-        return [
-            statistics.median(durations[kind, stage]) if durations[kind, stage] else 0.0
-            for stage in range(count)
-        ]
-
-    stages, ranks = plan.shape.num_stages, plan.shape.num_ranks
-    ends = {kind: each(kind, stages) for kind in STEP_END}
-    return Costs(
-        forward=each(Kind.F, stages),
-        backward_input=each(Kind.B, stages),
-        backward_weight=each(Kind.W, stages),
-        teacher_slice=each(Kind.K, ranks),
-        # A rank that comes early to a collective only waits there.
-        reduce=min(ends[Kind.REDUCE]),
-        norm=min(ends[Kind.NORM]),
-        step=ends[Kind.STEP],
-        gather=ends[Kind.GATHER],
-    )
-
-
-def write_timeline(folder: Path, mesh: Mesh, plan: Plan, events: Sequence[Event]) -> None:
-    """Write `timeline.svg` and `timeline.json` from rank 0. Collectives: those of `gather_events`."""
     measured = gather_events(mesh, events)
     if not mesh.world.is_first:
         return
-    planned = simulate(plan, measured_costs(measured, plan))
-    (folder / SVG_FILE).write_text(
-        to_svg({"planned at measured costs": planned, "measured": measured}), encoding="utf-8"
-    )
-    (folder / JSON_FILE).write_text(json.dumps(to_chrome(measured)) + "\n", encoding="utf-8")
+    if costs is None:
+        costs = costs_of(medians(measured), plan.shape)
+    planned = steady_state(plan, costs)
+    (folder / SVG_FILE).write_text(to_svg({"planned": planned, "measured": measured}), encoding="utf-8")
+    trace = {"traceEvents": []}
+    for process, (name, source) in enumerate({"planned": planned, "measured": measured}.items()):
+        lines = to_chrome(source, process=process, name=name)
+        trace = {**lines, "traceEvents": [*trace["traceEvents"], *lines["traceEvents"]]}
+    (folder / JSON_FILE).write_text(json.dumps(trace) + "\n", encoding="utf-8")

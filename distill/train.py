@@ -21,6 +21,7 @@ from distill.deploy.export import export_student, model_card
 from distill.evaluate import Quality, evaluate, num_parameters
 from distill.loading import DTYPES
 from distill.metrics import RunLog, StepMetrics
+from distill.planning import Planner
 from distill.runfolder import read_summary, write_config
 from distill.session import Session, open_session
 from distill.step import StepStats
@@ -72,16 +73,18 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
             for who in ("teacher", "student"):
                 _check_finite(config, who, _judge(log, mesh, session, step=state.step, who=who))
         while state.step < total_steps:
-            microbatches = [batch.to(mesh.device) for batch in session.batches.step(state.step)]
             try:
-                stats = session.step(state.step, microbatches)
+                stats = session.step(state.step)
             except Exception as error:
                 error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
                 raise
             state.step += 1
             state.tokens += stats.num_valid_tokens
             stopping, peak_bytes = _agree(mesh, stop)
-            log.step(_metrics(state, stats, peak_bytes), total_steps=total_steps)
+            log.step(_metrics(state, stats, session.planner, peak_bytes), total_steps=total_steps)
+            planned = session.planner.observe(session.step.last_plan, session.step.last_events)
+            if planned is not None:
+                log.say(planned)
             if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
                 _judge(log, mesh, session, step=state.step, who="student")
             done = state.step == total_steps
@@ -93,8 +96,9 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
                 )
                 return log.finish({"finished": False})
         _judge(log, mesh, session, step=total_steps, who="student")
-        if session.step.last_events:
-            write_timeline(folder, mesh, session.plan, session.step.last_events)
+        if session.planner.typical is not None:
+            write_timeline(folder, mesh, *session.planner.typical, session.planner.costs)
+        session.step.close()
         return _finish(log, config, mesh, session, state, folder)
 
 
@@ -147,7 +151,8 @@ def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:
     return bool(stopping), peak
 
 
-def _metrics(state: _State, stats: StepStats, peak_bytes: int) -> StepMetrics:
+def _metrics(state: _State, stats: StepStats, planner: Planner, peak_bytes: int) -> StepMetrics:
+    planned = planner.planned
     return StepMetrics(
         step=state.step,
         round=0,
@@ -160,14 +165,17 @@ def _metrics(state: _State, stats: StepStats, peak_bytes: int) -> StepMetrics:
         step_s=stats.step_s,
         tokens_per_s=stats.num_valid_tokens / stats.step_s,
         bubble_fraction=stats.bubble_fraction,
+        planned_bubble_fraction=None if planned is None else planned.bubble_fraction,
+        planned_step_s=None if planned is None else planned.step_s,
         peak_bytes=peak_bytes,
     )
 
 
 def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) -> Quality:
     """Judge the teacher alone or the student against it, and log it."""
-    student = session.student if who == "student" else None
-    quality = evaluate(mesh, session.links, session.judging, student=student, teacher=session.teacher)
+    students = session.students if who == "student" else ()
+    links = session.judging_links
+    quality = evaluate(mesh, links, session.judging, students=students, teacher=session.teacher)
     log.evaluation(step=step, round=0, model=who, values=quality.named())
     return quality
 
@@ -197,7 +205,7 @@ def _finish(
     log: RunLog, config: Config, mesh: Mesh, session: Session, state: _State, folder: Path
 ) -> dict[str, Any]:
     """Export the student and write the summary with the result table."""
-    sizes = [num_parameters(stage, mesh) for stage in (session.teacher, session.student)]
+    sizes = [num_parameters(stages, mesh) for stages in ([session.teacher], session.students)]
     summary: dict[str, Any] = {}
     if mesh.world.is_first:
         tokens = log.steps[-1]["tokens"] if log.steps else 0
@@ -208,7 +216,7 @@ def _finish(
         }
     card = model_card(config, summary) if mesh.world.is_first else ""
     export_student(
-        session.student,
+        session.students,
         mesh,
         folder / STUDENT_FOLDER,
         source=session.models.student_folder,

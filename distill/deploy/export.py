@@ -7,7 +7,7 @@ from the folder the student started as; the model card is written here. The fold
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from parallel.weights import export_weights
 
 
 def export_student(
-    stage: StageModel,
+    stages: Sequence[StageModel],
     mesh: Mesh,
     target: Path,
     *,
@@ -35,6 +35,7 @@ def export_student(
     """Write the student to `target`, replacing an earlier export of the same run.
 
     Args:
+        stages: this rank's stages, in ascending order.
         source: the folder that the student's training began with: tokenizer, generation config, kept indices.
         model_config: the student's config, as it is to be written.
         card: text of the model card.
@@ -46,7 +47,7 @@ def export_student(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier(mesh.world)
-    export_weights(stage, mesh, temporary, dtype=dtype)
+    export_weights(stages, mesh, temporary, dtype=dtype)
     if mesh.world.is_first:
         model_config.dtype = dtype
         model_config.save_pretrained(temporary)

@@ -86,7 +86,7 @@ def _export(pp: int, tp: int, source: str, target: str) -> torch.Tensor | None:
             all_gather(shard, mesh.tp, dim=2, sizes=shard_sizes(config.vocab_size, mesh.tp.size))
         )
     export_student(
-        stage,
+        [stage],
         mesh,
         Path(target),
         source=Path(source),

@@ -42,6 +42,8 @@ CONTRACT_NAMES = (
     "time/step_s",
     "throughput/tokens_per_s",
     "pipeline/bubble_fraction",
+    "pipeline/planned_bubble_fraction",
+    "pipeline/planned_step_s",
     "memory/peak_bytes",
 )
 LOSSES = ("loss/total", "loss/hard", "loss/soft", "optim/grad_norm")

@@ -15,7 +15,8 @@ from distill.metrics import RunLog, StepMetrics, duration
 
 CONTRACT = [
     *("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft", "optim/grad_norm", "optim/lr"),
-    *("time/step_s", "throughput/tokens_per_s", "pipeline/bubble_fraction", "memory/peak_bytes"),
+    *("time/step_s", "throughput/tokens_per_s", "pipeline/bubble_fraction"),
+    *("pipeline/planned_bubble_fraction", "pipeline/planned_step_s", "memory/peak_bytes"),
 ]
 
 
@@ -37,6 +38,8 @@ def numbers(step: int, loss: float = 3.0) -> StepMetrics:
         step_s=2.0,
         tokens_per_s=50.0,
         bubble_fraction=0.25,
+        planned_bubble_fraction=None if step == 1 else 0.125,
+        planned_step_s=1.5,
         peak_bytes=10**9,
     )
 
@@ -141,7 +144,9 @@ def test_wandb_gets_the_same_names_and_the_pictures(tmp_path: Path) -> None:
     records = inspect(first)
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     assert [item["_step"] for item in history] == [1, 2]
-    assert set(CONTRACT) <= set(history[0]) and history[1]["student/eval/loss"] == 3.5
+    assert set(CONTRACT) <= set(history[1])
+    assert "pipeline/planned_bubble_fraction" not in history[0], "wandb gets no empty values"
+    assert history[1]["student/eval/loss"] == 3.5
     assert history[1]["curve.path"].endswith(".html"), "the picture belongs to the last step"
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert run["config"]["update"]["loss"]["temperature"] == 2.0
