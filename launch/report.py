@@ -30,7 +30,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0])
     cells = [[_cell(row[name]) for name in names] for row in rows]
     right = [all(_is_number(row[name]) for row in rows) for name in names]
-    widths = [max(len(name), *(len(line[column]) for line in cells)) for column, name in enumerate(names)]
+    widths = [max(3, len(name), *(len(line[column]) for line in cells)) for column, name in enumerate(names)]
 
     def line(words: Sequence[str]) -> str:
         padded = [
