@@ -45,12 +45,13 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from distill.config import Config, ConfigError, Data, Loss, MeshShape, Train
 from distill.data import IGNORE, MicroBatch
 from distill.loading import load_stage
-from distill.session import make_training_plan
+from distill.planning import make_step_plan
 from distill.step import DistillationStep, messages
 from launch.benchmarks.loss import forget_peak, status_bytes
 from parallel.mesh import Mesh
-from parallel.model import build_meta_model
+from parallel.model import StageModel, build_meta_model
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.pipeline.course import Course
 from parallel.pipeline.p2p import Links
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -136,7 +137,7 @@ class _Trl:
 def _serve(job: _Job, pipe: Connection) -> None:
     torch.set_num_threads(job.threads)
     base_bytes = status_bytes("VmRSS")
-    step, microbatches = _build(job)
+    step = _build(job)
     for number in range(job.steps):
         try:
             pipe.recv()
@@ -144,14 +145,14 @@ def _serve(job: _Job, pipe: Connection) -> None:
             return
         forget_peak()
         start_s = time.perf_counter()
-        stats = step(number, microbatches)
+        stats = step(number)
         elapsed_s = time.perf_counter() - start_s
         pipe.send(
             {"seconds": elapsed_s, "peak_bytes": status_bytes("VmHWM") - base_bytes, "loss": stats.total}
         )
 
 
-def _build(job: _Job) -> tuple[DistillationStep, list[MicroBatch]]:
+def _build(job: _Job) -> DistillationStep:
     mesh = Mesh.single()
     config = Config(
         loss=Loss(temperature=job.temperature, alpha=0.0),
@@ -165,30 +166,47 @@ def _build(job: _Job) -> tuple[DistillationStep, list[MicroBatch]]:
             recompute=job.recompute,
         ),
     )
-    teacher, student = (
-        load_stage(
-            Path(folder), AutoConfig.from_pretrained(folder), config, mesh, trainable=trainable, key=key
-        )
-        for folder, trainable, key in ((job.teacher, False, "teacher"), (job.student, True, "student"))
-    )
+    teacher = _load(config, mesh, job.teacher, trainable=False)
+    student = _load(config, mesh, job.student, trainable=True)
     options = AdamWOptions(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
-    step = DistillationStep(
+    plan = make_step_plan(config, teacher="inline", num_slices=1)
+    microbatches = _microbatches(job)
+    return DistillationStep(
         mesh=mesh,
-        student=student,
+        students=[student],
         teacher=teacher,
-        optimizer=StageOptimizer.of_stage(
-            student, mesh, options, LearningRate(job.lr, 0, job.steps, "constant")
+        optimizer=StageOptimizer.of_stages(
+            [student], mesh, options, LearningRate(job.lr, 0, job.steps, "constant")
         ),
-        plan=make_training_plan(config),
+        course=Course(plan, num_steps=job.steps),
         loss=config.loss,
         links=Links(mesh, messages(student, teacher, rows=job.microbatch, seq_len=job.seq_len)),
+        batches=lambda step: microbatches,
     )
+
+
+def _load(config: Config, mesh: Mesh, folder: str, *, trainable: bool) -> StageModel:
+    """Load a whole model."""
+    model_config = AutoConfig.from_pretrained(folder)
+    return load_stage(
+        Path(folder),
+        model_config,
+        config,
+        mesh,
+        trainable=trainable,
+        key=folder,
+        layers=[range(model_config.num_hidden_layers)],
+        stage=0,
+    )
+
+
+def _microbatches(job: _Job) -> list[MicroBatch]:
     input_ids = load_file(job.data)["rows"]
     labels = input_ids.roll(-1, dims=1)
     labels[:, -1] = IGNORE
     positions = torch.arange(job.seq_len).expand_as(input_ids)
     pieces = (part.split(job.microbatch) for part in (input_ids, positions, labels))
-    return step, [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+    return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def _make_venv() -> None:

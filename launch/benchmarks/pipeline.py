@@ -1,0 +1,215 @@
+"""Benchmark `pipeline`: distillation of real models over a pipeline, with our plans and with torch's own engine.
+
+Both models compute, in float32, one process a rank and one thread each, on gloo. All sides see the same tokens, minimise
+the forward KL to the teacher alone, clip to norm 1 and step fused AdamW; that the losses of their first two steps agree is
+checked. The sides live in the same processes and take turns, a step each, because the machine's speed drifts; the ranks start
+each step together, its time is the slowest rank's, and a side's is the median of its steps. The first steps are not counted.
+
+Sides:
+
+- `fill`, `inline`, `batch`: our step with the teacher in the student's idle time (planned from what the run's first three
+  steps cost), in the student's slot, or the whole batch first.
+- `torch_1f1b`: `torch.distributed.pipelining`, the teacher's batch first, then Schedule1F1B (`_pipeline_sides.py`).
+
+Rows compare `fill` with the least step time of any plan at the costs that its counted steps measured, with what its plan takes
+at these costs and with what was planned at the costs of the first steps (1.1 for all), and with the other sides (1.0). What it
+could gain at most over `inline` stands with `inline`.
+
+Options: `teacher`, `student` (Llama-like folders; the teacher may be `embedded`; by default random ones: SmolLM2-135M's
+shape, and the teacher's with 0.6 of its FFN channels), `pp` (2), `microbatches` (8), `rows` (1) in each, `seq_len` (256),
+`steps` (7) counted of each side, `sides` (all), `limit_s` (900) for a turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
+
+from distill.config import ConfigError
+from distill.convert import either
+from distill.pretrained import EMBEDDED, resolve_model
+from launch.benchmarks._crew import run_jobs, say
+from launch.benchmarks._pipeline_sides import MEASURED_STEPS, OURS, PEER, Job, Result, Session
+
+_SIDES = (*OURS, PEER)
+_NAMES = {"inline": "ours, inline", "batch": "ours, batch", PEER: "torch Schedule1F1B"}
+_BOUND, _PEER_BOUND = 1.1, 1.0
+_KEPT_CHANNELS, _MULTIPLE = 0.6, 32
+_LOSS_TOLERANCE = 1e-3
+_CACHE = Path("cache")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options."""
+
+    teacher: str = ""
+    student: str = ""
+    pp: int = 2
+    microbatches: int = 8
+    rows: int = 1
+    seq_len: int = 256
+    steps: int = 7
+    sides: tuple[str, ...] = _SIDES
+    limit_s: float = 900.0
+
+
+def run(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of all sides.
+
+    Args:
+        options: as in the module's docstring.
+    Raises:
+        ConfigError: an unknown option or side, or a number out of range.
+    """
+    chosen = _read(options)
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, student = _models(chosen, Path(folder))
+        job = Job(
+            teacher=teacher,
+            student=student,
+            pp=chosen.pp,
+            microbatches=chosen.microbatches,
+            rows=chosen.rows,
+            seq_len=chosen.seq_len,
+        )
+        # As many steps as `fill` needs to measure and to enter its plan.
+        jobs = [replace(job, side=side, turn=MEASURED_STEPS + 1) for side in chosen.sides]
+        jobs += [replace(job, side=side) for _ in range(chosen.steps) for side in chosen.sides]
+        runs: defaultdict[str, list[list[Result]]] = defaultdict(list)
+        failures: dict[str, str] = {}
+        for done, results in run_jobs(
+            jobs, size=chosen.pp, begin=Session, limit_s=lambda job: chosen.limit_s
+        ):
+            if isinstance(results, str):
+                failures[done.side] = results
+                say(f"{done.side}: {results}")
+                continue
+            runs[done.side].append(results)
+            step_s = max(result.steps_s[-1] for result in results)
+            say(f"{done.side}: {step_s:.3f} s a step, {job.num_tokens / step_s:.1f} tokens/s")
+    _check_losses(runs)
+    return list(_rows(job, runs, failures))
+
+
+def _read(options: Mapping[str, Any]) -> _Options:
+    """The options over the defaults, checked."""
+    names = list(_Options.__dataclass_fields__)
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"{name} is no option; use {either(names)}")
+    given = dict(options)
+    if "sides" in given:
+        given["sides"] = tuple(given["sides"]) if isinstance(given["sides"], list) else (given["sides"],)
+    chosen = replace(_Options(), **given)
+    for name, least in {"pp": 2, "microbatches": 1, "rows": 1, "seq_len": 2, "steps": 1}.items():
+        value = getattr(chosen, name)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value}; use a whole number, {least} or more")
+    if PEER in chosen.sides and chosen.microbatches < chosen.pp:
+        raise ConfigError(
+            f"microbatches={chosen.microbatches} is less than pp={chosen.pp}, which Schedule1F1B refuses"
+        )
+    for side in chosen.sides:
+        if side not in _SIDES:
+            raise ConfigError(f"sides={side}; use {either(_SIDES)}")
+    if "fill" not in chosen.sides:
+        raise ConfigError("sides must name fill, which the others are compared with")
+    return chosen
+
+
+def _models(chosen: _Options, folder: Path) -> tuple[str, str]:
+    """The folders of both models; those that were not named are written."""
+    teacher = chosen.teacher
+    if teacher == EMBEDDED:
+        teacher = str(resolve_model(EMBEDDED, cache_dir=_CACHE, trust_remote_code=False, key="teacher"))
+    elif not teacher:
+        teacher = _write(_smollm2(), folder / "teacher", seed=0)
+    student = chosen.student
+    if not student:
+        pruned = AutoConfig.from_pretrained(teacher)
+        channels = _KEPT_CHANNELS * pruned.intermediate_size
+        pruned.intermediate_size = max(1, round(channels / _MULTIPLE)) * _MULTIPLE
+        student = _write(pruned, folder / "student", seed=1)
+    return teacher, student
+
+
+def _smollm2() -> LlamaConfig:
+    """The shape of SmolLM2-135M."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+
+
+def _write(config: PretrainedConfig, folder: Path, *, seed: int) -> str:
+    """Write a random model of a shape; return its folder."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def _check_losses(runs: Mapping[str, list[list[Result]]]) -> None:
+    """Every side must compute the same: the first loss shows the models and data, the second also the update."""
+    losses = {side: each[0][-1].losses[:2] for side, each in runs.items()}
+    first = next(iter(losses.values()), [])
+    for side, found in losses.items():
+        for ours, theirs in zip(first, found, strict=True):
+            assert abs(theirs - ours) <= _LOSS_TOLERANCE * abs(ours), (side, losses)
+
+
+def _rows(
+    job: Job, runs: Mapping[str, list[list[Result]]], failures: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    case = f"pp {job.pp}, {job.microbatches} x {job.rows} x {job.seq_len} tokens, float32: fill, s a step"
+    if "fill" in failures:
+        yield _row(f"{case} ({failures['fill']})", None, None, "", None)
+        return
+    ours_s = _seconds(runs["fill"])
+    theory = runs["fill"][-1][0].theory
+    assert theory is not None, "fill measured its costs"
+    yield _row(case, ours_s, theory.bound_s, "least possible", _BOUND)
+    yield _row(case, ours_s, theory.replayed_s, "its plan", _BOUND)
+    yield _row(case, ours_s, theory.planned_s, "its plan, from the first steps", _BOUND)
+    for side, name in _NAMES.items():
+        if side in failures:
+            yield _row(case, ours_s, None, f"{name} ({failures[side]})", _PEER_BOUND)
+        elif side in runs:
+            if side == "inline":
+                name += f" (ratio {theory.bound_s / theory.inline_s:.2f} at best)"
+            yield _row(case, ours_s, _seconds(runs[side]), name, _PEER_BOUND)
+
+
+def _row(
+    case: str, ours_s: float | None, peer_s: float | None, peer_name: str, bound: float | None
+) -> dict[str, Any]:
+    ratio = None if ours_s is None or peer_s is None else ours_s / peer_s
+    return {
+        "case": case,
+        "ours": ours_s,
+        "peer": peer_s,
+        "peer_name": peer_name,
+        "ratio": ratio,
+        "bound": bound,
+    }
+
+
+def _seconds(runs: list[list[Result]]) -> float:
+    """The median of the counted steps, each the slowest rank's."""
+    return statistics.median(max(result.steps_s[0] for result in ranks) for ranks in runs[1:])
