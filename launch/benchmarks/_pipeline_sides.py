@@ -106,10 +106,10 @@ class Theory(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a rank measured: losses (of torch's engine on the last rank only), step times, and theory of `fill`."""
+    """What a rank measured: losses (of torch's engine on the last rank only), mean time of a step, theory of `fill`."""
 
     losses: list[float]
-    steps_s: list[float]
+    step_s: float
     theory: Theory | None
 
 
@@ -122,17 +122,15 @@ class Session:
         self._sides: dict[str, _Ours | _Torch] = {}
 
     def __call__(self, job: Job) -> Result:
-        """Let a side take its turn; its ranks start each step together."""
+        """Let a side take its turn; its ranks start together, and nothing stands between the steps of a turn."""
         if job.side not in self._sides:
             self._sides[job.side] = (_Torch if job.side == PEER else _Ours)(job, self._mesh)
         side = self._sides[job.side]
-        losses, steps_s = [], []
-        for _ in range(job.turn):
-            barrier(self._mesh.world)
-            start_s = time.perf_counter()
-            losses.append(side.step())
-            steps_s.append(time.perf_counter() - start_s)
-        return Result(losses, steps_s, side.theory())
+        barrier(self._mesh.world)
+        start_s = time.perf_counter()
+        losses = [side.step() for _ in range(job.turn)]
+        step_s = (time.perf_counter() - start_s) / job.turn
+        return Result(losses, step_s, side.theory())
 
 
 class _Ours:

@@ -2,8 +2,8 @@
 
 Both models compute, in float32, one process a rank and one thread each, on gloo. All sides see the same tokens, minimise
 the forward KL to the teacher alone, clip to norm 1 and step fused AdamW; that the losses of their first two steps agree is
-checked. The sides live in the same processes and take turns, a step each, because the machine's speed drifts; the ranks start
-each step together, its time is the slowest rank's, and a side's is the median of its steps. The first steps are not counted.
+checked. The sides live in the same processes and take turns of two steps, because the machine's speed drifts; the ranks start a
+turn together, a step's time is the slowest rank's, and a side's is the median of its turns. The first steps are not counted.
 
 Sides:
 
@@ -17,7 +17,7 @@ could gain at most over `inline` stands with `inline`.
 
 Options: `teacher`, `student` (Llama-like folders; the teacher may be `embedded`; by default random ones: SmolLM2-135M's
 shape, and the teacher's with 0.6 of its FFN channels), `pp` (2), `microbatches` (8), `rows` (1) in each, `seq_len` (256),
-`steps` (7) counted of each side, `sides` (all), `limit_s` (900) for a turn.
+`turns` (5) counted of each side, `sides` (all), `limit_s` (900) for a turn.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _NAMES = {"inline": "ours, inline", "batch": "ours, batch", PEER: "torch Schedul
 _BOUND, _PEER_BOUND = 1.1, 1.0
 _KEPT_CHANNELS, _MULTIPLE = 0.6, 32
 _LOSS_TOLERANCE = 1e-3
+_TURN = 2
 _CACHE = Path("cache")
 
 
@@ -58,7 +59,7 @@ class _Options:
     microbatches: int = 8
     rows: int = 1
     seq_len: int = 256
-    steps: int = 7
+    turns: int = 5
     sides: tuple[str, ...] = _SIDES
     limit_s: float = 900.0
 
@@ -85,7 +86,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
         )
         # As many steps as `fill` needs to measure and to enter its plan.
         jobs = [replace(job, side=side, turn=MEASURED_STEPS + 1) for side in chosen.sides]
-        jobs += [replace(job, side=side) for _ in range(chosen.steps) for side in chosen.sides]
+        jobs += [replace(job, side=side, turn=_TURN) for _ in range(chosen.turns) for side in chosen.sides]
         runs: defaultdict[str, list[list[Result]]] = defaultdict(list)
         failures: dict[str, str] = {}
         for done, results in run_jobs(
@@ -96,7 +97,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
                 say(f"{done.side}: {results}")
                 continue
             runs[done.side].append(results)
-            step_s = max(result.steps_s[-1] for result in results)
+            step_s = max(result.step_s for result in results)
             say(f"{done.side}: {step_s:.3f} s a step, {job.num_tokens / step_s:.1f} tokens/s")
     _check_losses(runs)
     return list(_rows(job, runs, failures))
@@ -112,7 +113,7 @@ def _read(options: Mapping[str, Any]) -> _Options:
     if "sides" in given:
         given["sides"] = tuple(given["sides"]) if isinstance(given["sides"], list) else (given["sides"],)
     chosen = replace(_Options(), **given)
-    for name, least in {"pp": 2, "microbatches": 1, "rows": 1, "seq_len": 2, "steps": 1}.items():
+    for name, least in {"pp": 2, "microbatches": 1, "rows": 1, "seq_len": 2, "turns": 1}.items():
         value = getattr(chosen, name)
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value}; use a whole number, {least} or more")
@@ -211,5 +212,5 @@ def _row(
 
 
 def _seconds(runs: list[list[Result]]) -> float:
-    """The median of the counted steps, each the slowest rank's."""
-    return statistics.median(max(result.steps_s[0] for result in ranks) for ranks in runs[1:])
+    """The median of the counted turns, each the slowest rank's."""
+    return statistics.median(max(result.step_s for result in ranks) for ranks in runs[1:])

@@ -9,6 +9,7 @@ they waited.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from parallel.pipeline.actions import Action, Kind, Plan
 from parallel.pipeline.background import Background
 from parallel.pipeline.lanes import Lane, lane_of, lanes_of
-from parallel.pipeline.lower import requirements
+from parallel.pipeline.lower import acknowledgements, count_received, requirements
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.simulate import Event
 
@@ -35,6 +36,10 @@ class _Entry(NamedTuple):
     handler: Handler
     lane: Lane
     needs: tuple[Action, ...]
+
+
+_Prepared = tuple[list[_Entry], dict[Action, Counter[Kind]], Counter[Kind]]
+"""A rank's entries, and what its receives and the whole list tell about its own messages."""
 
 
 class ActionFailed(RuntimeError):
@@ -56,7 +61,7 @@ class Executor:
         self._links, self._rank, self._place = links, rank, place
         self._background = Background("reductions")
         self._lanes = lanes_of(links.mesh.device)
-        self._prepared: tuple[Plan | None, list[_Entry]] = None, []
+        self._prepared: tuple[Plan | None, _Prepared] = None, ([], {}, Counter())
 
     def run(self, plan: Plan, *, first_microbatch: int) -> list[Event]:
         """Run this rank's part of a plan and return one event for each action, in order of their ends.
@@ -70,10 +75,14 @@ class Executor:
             ValueError: a kind has no handler.
             ActionFailed: from a handler's exception.
         """
-        entries = self._prepare(plan)
+        entries, told, received = self._prepare(plan)
         numbered = [_numbered(entry.action, first_microbatch) for entry in entries]
         self._lanes.begin()
-        self._links.announce(numbered)
+        self._links.announce(
+            numbered,
+            {_numbered(action, first_microbatch): counts for action, counts in told.items()},
+            received,
+        )
         done: list[_Done] = []
         beside: list[Future[_Done]] = []
         for entry, its_number in zip(entries, numbered, strict=True):
@@ -111,7 +120,7 @@ class Executor:
         """End the background thread."""
         self._background.close()
 
-    def _prepare(self, plan: Plan) -> list[_Entry]:
+    def _prepare(self, plan: Plan) -> _Prepared:
         """Look up what each action of the rank's list needs; a plan that repeats itself is looked up once."""
         if plan is not self._prepared[0]:
             actions = plan.ranks[self._rank]
@@ -127,7 +136,8 @@ class Executor:
                 )
                 for action in actions
             ]
-            self._prepared = plan, entries
+            told = acknowledgements(plan, self._rank)
+            self._prepared = plan, (entries, told, count_received(plan, self._rank))
         return self._prepared[1]
 
     def _do(self, entry: _Entry, its_number: Action) -> _Done:

@@ -8,6 +8,7 @@ Assumes actions of one kind on one stage come in ascending order of micro-batche
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -46,6 +47,38 @@ def channels(plan: Plan) -> tuple[Channel, ...]:
     """Return every channel that a plan with messages uses, sorted, the same on all ranks."""
     messages = (action for actions in plan.ranks for action in actions if action.kind in SENDS | RECVS)
     return tuple(sorted({channel_of(action, plan.shape) for action in messages}))
+
+
+def acknowledgements(plan: Plan, rank: int) -> dict[Action, Counter[Kind]]:
+    """Return what each receive of a rank tells about its own messages: how many its sender had received by then.
+
+    A rank runs its list in order, so whoever gets a message knows what the sender had done before.
+
+    Args:
+        plan: with messages.
+    Returns:
+        For each receive of a message that is sent in the same list: the sender's receives from `rank` before, by kind.
+    """
+    told: dict[Action, Counter[Kind]] = {}
+    for other, actions in enumerate(plan.ranks):
+        received: Counter[Kind] = Counter()
+        for action in actions:
+            if action.kind not in SENDS | RECVS:
+                continue
+            channel = channel_of(action, plan.shape)
+            if action.kind in RECVS and channel.source == rank:
+                received[channel.traffic] += 1
+            elif action.kind in SENDS and (channel.source, channel.target) == (other, rank):
+                receive = Action(peer_stage(action), RECV_OF[channel.traffic], action.microbatch)
+                told[receive] = received.copy()
+    return told
+
+
+def count_received(plan: Plan, rank: int) -> Counter[Kind]:
+    """Return how many messages of a rank the others receive in a plan with messages, by kind."""
+    receives = (action for actions in plan.ranks for action in actions if action.kind in RECVS)
+    channels_ = (channel_of(action, plan.shape) for action in receives)
+    return Counter(channel.traffic for channel in channels_ if channel.source == rank)
 
 
 def requirements(action: Action, shape: Shape, *, lowered: bool) -> tuple[Action, ...]:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,6 @@ from torch import Tensor
 from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Action, Kind
-from parallel.pipeline.background import Background
 from parallel.pipeline.buffers import BufferPool
 
 _HOP = {Kind.F: +1, Kind.B: -1, Kind.K: +1}
@@ -41,65 +38,47 @@ class Message:
     dtype: torch.dtype
 
 
+@dataclass
 class _Outgoing:
-    """The sending end of a directed edge for one kind of traffic; keeps what is sent until it has left.
+    """The sending end of a directed edge for one kind of traffic; keeps what is sent until it has been received.
 
-    `peer` is the other rank's number in the group.
+    A gloo send says that it is complete only to who waits for it, and waiting must not hold up compute. So a send is
+    waited for when it is known to have been received (`acknowledge`). A GPU's may be asked.
 
-    A gloo send says that it is complete only to who waits for it, so on a CPU a thread waits. On a GPU a wait would hold up
-    a stream, but there a send may be asked.
+    Args:
+        peer: the other rank's number in the group.
     """
 
-    def __init__(self, name: str, peer: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.peer, self.group = peer, group
-        self._waiter = Background(name) if device.type == "cpu" else None
-        self._under_way: deque[tuple[dist.Work, Tensor] | Future[None]] = deque()
-
-    @property
-    def num_under_way(self) -> int:
-        """Sends that are not known to have been received."""
-        self._let_go()
-        return len(self._under_way)
+    peer: int
+    group: dist.ProcessGroup
+    under_way: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    num_settled: int = 0
+    """Sends of all lists so far that are done with."""
+    before: int = 0
+    """Messages that the peer has received in the lists before this one."""
 
     def send(self, tensor: Tensor) -> None:
         """Start sending a contiguous tensor."""
         # The group's own call: `dist.isend` looks ranks up at every message.
-        work = self.group.send([tensor], self.peer, 0)
-        if self._waiter is None:
-            self._under_way.append((work, tensor))
-        else:
-            self._under_way.append(self._waiter.submit(partial(_keep_until_sent, work, tensor)))
-        self._let_go()
+        self.under_way.append((self.group.send([tensor], self.peer, 0), tensor))
+        while self.under_way and tensor.is_cuda and self.under_way[0][0].is_completed():
+            self._settle_one()
+
+    def acknowledge(self, count: int) -> None:
+        """Let go of what the peer has received: `count` messages of this list and all of those before."""
+        while self.under_way and self.num_settled < self.before + count:
+            self._settle_one()
 
     def finish(self) -> None:
         """Wait until all that was sent has been received."""
-        while self._under_way:
-            self._settle(self._under_way.popleft())
+        while self.under_way:
+            self._settle_one()
 
-    def close(self) -> None:
-        """End the thread, once it has no more to wait for."""
-        if self._waiter is not None:
-            self._waiter.close()
-
-    def _let_go(self) -> None:
-        while self._under_way and self._is_done(self._under_way[0]):
-            self._settle(self._under_way.popleft())
-
-    @staticmethod
-    def _is_done(send: tuple[dist.Work, Tensor] | Future[None]) -> bool:
-        return send.done() if isinstance(send, Future) else send[0].is_completed()
-
-    @staticmethod
-    def _settle(send: tuple[dist.Work, Tensor] | Future[None]) -> None:
-        """Wait for a send; raise what went wrong."""
-        if isinstance(send, Future):
-            send.result()
-        else:
-            send[0].wait()
-
-
-def _keep_until_sent(work: dist.Work, tensor: Tensor) -> None:
-    work.wait()
+    def _settle_one(self) -> None:
+        work, _ = self.under_way.popleft()
+        self.num_settled += 1
+        # Raises what went wrong.
+        work.wait()
 
 
 @dataclass
@@ -139,6 +118,8 @@ class Links:
         self._outbox: dict[Key, Tensor] = {}
         self._loans: dict[Key, Tensor] = {}
         self._outgoing: dict[Kind, _Outgoing] = {}
+        self._told: dict[Action, Counter[Kind]] = {}
+        self._expected: Counter[Kind] = Counter()
         self._incoming: dict[Kind, _Incoming] = {}
         self._open()
         self._warm_up()
@@ -166,18 +147,18 @@ class Links:
                     group = dist.new_group(sorted((source, target)))
                     if here == source:
                         peer = dist.get_group_rank(group, target)
-                        self._outgoing[kind] = _Outgoing(f"sends {kind}", peer, group, self.mesh.device)
+                        self._outgoing[kind] = _Outgoing(peer, group)
                     if here == target:
                         self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), group)
 
     def _warm_up(self) -> None:
         """Send one element over every channel, so that no connection is made inside a step."""
         element = torch.zeros(1, device=self.mesh.device)
-        for outgoing in self._outgoing.values():
-            outgoing.send(element)
+        sends = [channel.group.send([element], channel.peer, 0) for channel in self._outgoing.values()]
         for incoming in self._incoming.values():
             incoming.group.recv([torch.empty_like(element)], incoming.peer, 0).wait()
-        self.finish()
+        for work in sends:
+            work.wait()
 
     def measure_latency(self, repeats: int = 9) -> float:
         """Return the seconds that a message takes to the next rank, where its receive is already posted.
@@ -203,12 +184,12 @@ class Links:
         for _ in range(repeats):
             coming = self._post_one(Kind.B, answer)
             start_s = time.perf_counter()
-            self._outgoing[Kind.F].send(question)
+            going = self._send_one(Kind.F, question)
             coming.wait()
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize(self.mesh.device)
             trips_s.append(time.perf_counter() - start_s)
-        self._outgoing[Kind.F].finish()
+            going.wait()
         self._give_pair(question, answer)
         return trips_s
 
@@ -220,8 +201,7 @@ class Links:
             coming.wait()
             if left:
                 coming = self._post_one(Kind.F, question)
-            self._outgoing[Kind.B].send(answer)
-        self._outgoing[Kind.B].finish()
+            self._send_one(Kind.B, answer).wait()
         self._give_pair(question, answer)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
@@ -235,6 +215,10 @@ class Links:
     def _give_pair(self, there: Tensor, back: Tensor) -> None:
         self._pools[Kind.F].give(there)
         self._pools[Kind.B].give(back)
+
+    def _send_one(self, kind: Kind, buffer: Tensor) -> dist.Work:
+        channel = self._outgoing[kind]
+        return channel.group.send([buffer], channel.peer, 0)
 
     def _post_one(self, kind: Kind, buffer: Tensor) -> dist.Work:
         channel = self._incoming[kind]
@@ -265,8 +249,23 @@ class Links:
         """Return the executor's handlers of all communication actions."""
         return dict.fromkeys(SENDS, self._send) | dict.fromkeys(RECVS, self._receive)
 
-    def announce(self, actions: Sequence[Action]) -> None:
-        """Announce the actions of a coming list: their receives are posted ahead in this order."""
+    def announce(
+        self,
+        actions: Sequence[Action],
+        told: Mapping[Action, Counter[Kind]] | None = None,
+        received: Mapping[Kind, int] | None = None,
+    ) -> None:
+        """Announce the actions of a coming list: their receives are posted ahead in this order.
+
+        Args:
+            actions: with the run's micro-batches.
+            told: what each receive tells about this rank's sends in the list (`lower.acknowledgements`).
+            received: messages of this rank that its neighbours receive in the whole list, by kind.
+        """
+        self._told = dict(told or {})
+        for kind, channel in self._outgoing.items():
+            channel.before += self._expected[kind]
+        self._expected = Counter(received or {})
         for action in actions:
             if action.kind in RECVS:
                 self._incoming[TRAFFIC_OF[action.kind]].awaited.append(action)
@@ -286,6 +285,8 @@ class Links:
         work.wait()
         self._post(kind)
         self._inbox[kind, action.stage, action.microbatch] = buffer
+        for sent, count in self._told.get(action, {}).items():
+            self._outgoing[sent].acknowledge(count)
 
     def _send(self, action: Action) -> None:
         kind = TRAFFIC_OF[action.kind]
@@ -301,14 +302,9 @@ class Links:
     @property
     def num_under_way(self) -> int:
         """Sends that are not known to have been received."""
-        return sum(channel.num_under_way for channel in self._outgoing.values())
+        return sum(len(channel.under_way) for channel in self._outgoing.values())
 
     def finish(self) -> None:
         """Wait until all that was sent has been received; after a plan that leaves nothing under way."""
         for channel in self._outgoing.values():
             channel.finish()
-
-    def close(self) -> None:
-        """End the threads of the channels."""
-        for channel in self._outgoing.values():
-            channel.close()

@@ -101,27 +101,23 @@ def _check(
         assert not different
 
 
-def test_the_same_bits_on_two_ranks(folders: dict[str, str]) -> None:
-    _check((2, 1, 1), (1, 3), folders)
-
-
-@pytest.mark.parametrize("layout", [(2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=str)
 def test_the_same_bits(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
-    _check(layout, (3,), folders, DTYPES[:1], num_steps=4)
+    _check(layout, (3,), folders, DTYPES if layout == (2, 1, 1) else DTYPES[:1], num_steps=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=str)
-def test_the_same_bits_for_every_number_of_microbatches(
+def test_the_same_bits_from_one_to_sixteen_microbatches(
     layout: tuple[int, int, int], folders: dict[str, str]
 ) -> None:
-    _check(layout, (1, 2, 3, 4, 5, 6, 8, 11, 16), folders)
+    _check(layout, (1, 2, 5, 16), folders)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(4, 2, 1), (4, 1, 2), (2, 2, 2)], ids=str)
 def test_the_same_bits_on_eight_ranks(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
-    _check(layout, (1, 4, 7), folders)
+    _check(layout, (1, 4, 7), folders, DTYPES[:1], num_steps=5)
 
 
 def _trajectories(cases: list[Case], folders: dict[str, str]) -> list[Any]:
@@ -129,7 +125,7 @@ def _trajectories(cases: list[Case], folders: dict[str, str]) -> list[Any]:
     return [run_case(case, folders, mesh) for case in cases]
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(2, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_other_schedules_follow_one_process(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
     """Zero-bubble, interleaved and gpipe with virtual stages, the teacher filling: losses, norms and parameters to 1e-9."""
     cases = [
@@ -242,7 +238,7 @@ def _a_hundred_steps(case: Case, folders: dict[str, str]) -> tuple[list[int], li
     return buffers, pending, step.most_signals
 
 
-@pytest.mark.parametrize("virtual_stages", STAGES)
+@pytest.mark.parametrize("virtual_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_nothing_grows_over_a_hundred_steps(virtual_stages: int, folders: dict[str, str]) -> None:
     case = _case((2, 1, 1), virtual_stages, 3, "fill")
     plan = plan_of(case, teacher="fill")

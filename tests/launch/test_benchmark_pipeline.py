@@ -40,7 +40,7 @@ def test_rows_compare_fill_with_theory_and_all_other_sides(
             "student": _folder(tmp_path / "student", 48),
             "microbatches": 3,
             "seq_len": 16,
-            "steps": 1,
+            "turns": 1,
         }
     )
     assert [row["peer_name"].partition(" (")[0] for row in rows] == [
@@ -60,7 +60,7 @@ def test_rows_compare_fill_with_theory_and_all_other_sides(
 
 def test_sides_that_compute_something_else_are_found() -> None:
     def side(*losses: float) -> list[list[Result]]:
-        return [[Result([0.0, 0.0], [1.0], None), Result(list(losses), [1.0], None)]]
+        return [[Result([0.0, 0.0], 1.0, None), Result(list(losses), 1.0, None)]]
 
     pipeline._check_losses({"fill": side(2.0, 1.0), PEER: side(2.001, 1.0)})
     for wrong in ((2.01, 1.0), (2.0, 1.01)):

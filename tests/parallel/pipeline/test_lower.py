@@ -1,11 +1,20 @@
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 
 from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Kind, Plan, parse, peer_stage
-from parallel.pipeline.lower import Channel, add_communication, channel_of, channels, requirements
+from parallel.pipeline.lower import (
+    Channel,
+    acknowledgements,
+    add_communication,
+    channel_of,
+    channels,
+    count_received,
+    requirements,
+)
+from parallel.pipeline.order import walk
 from parallel.pipeline.schedules import forward_only, make_plan
 from tests.parallel.pipeline.sweep import lowered_plans
 
@@ -109,3 +118,38 @@ def test_every_message_has_both_ends_in_the_same_order(num_ranks: int) -> None:
         expected = 2 * hops * shape.num_microbatches
         expected += (num_ranks - 1) * shape.num_microbatches if shape.num_slices else 0
         assert sum(map(len, ends[SENDS].values())) == expected
+
+
+def test_a_receive_tells_what_its_sender_had_received_before() -> None:
+    plan = add_communication(make_plan(schedule="1f1b", teacher=None, num_ranks=2, num_microbatches=3))
+    told = acknowledgements(plan, 0)
+    # Rank 1 takes F0, F1 and F2 one by one, and answers each with its B before it takes the next.
+    assert {str(receive): dict(counts) for receive, counts in told.items()} == {
+        f"0RECV_B{index}": {Kind.F: index + 1} for index in range(3)
+    }
+    assert {str(receive): dict(counts) for receive, counts in acknowledgements(plan, 1).items()} == {
+        "1RECV_F0": {},
+        "1RECV_F1": {},
+        "1RECV_F2": {Kind.B: 1},
+    }
+    assert count_received(plan, 0) == {Kind.F: 3} and count_received(plan, 1) == {Kind.B: 3}
+
+
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_is_told_has_happened_in_every_order(num_ranks: int, virtual_stages: int) -> None:
+    shape = {"num_ranks": num_ranks, "num_microbatches": 5, "virtual_stages": virtual_stages}
+    plan = add_communication(make_plan(schedule="interleaved", teacher="batch", num_slices=2, **shape))
+    told = [acknowledgements(plan, rank) for rank in range(num_ranks)]
+    received = [Counter() for _ in range(num_ranks)]
+    let_go = [Counter() for _ in range(num_ranks)]
+    for rank, _, action in walk(plan):
+        if action.kind in RECVS:
+            channel = channel_of(action, plan.shape)
+            received[channel.source][channel.traffic] += 1
+            for kind, count in told[rank][action].items():
+                assert count <= received[rank][kind], "no send may be waited for before it was received"
+                let_go[rank][kind] = max(let_go[rank][kind], count)
+    for rank in range(num_ranks):
+        assert received[rank] == count_received(plan, rank)
+        assert let_go[rank][Kind.F] >= received[rank][Kind.F] - 2 or rank == num_ranks - 1
