@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config, ConfigError
 from distill.costs import MOST_SLICES, Profile, Split, choose_slices, stage_costs, stage_sums
+from distill.planning import make_step_plan
 from parallel.model import build_meta_model, stage_names
 from parallel.pipeline.partition import Layers, Partition, partition
-from parallel.pipeline.schedules import make_plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,7 +74,7 @@ def count_work(config: Config, teacher_config: PretrainedConfig, student_config:
         "full": _add(parameters, attention),
     }[config.train.recompute]
     # The student's head runs forward and twice backward, the teacher's once, and not at all without a soft loss.
-    heads = 3 * head + (teacher_head if config.loss.alpha < 1 else 0)
+    heads = 3 * head + (teacher_head if config.needs_teacher else 0)
     return Profile(
         forward=Layers(_add(parameters, attention)),
         backward_input=Layers(_add(parameters, attention, attention, again), last_s=heads),
@@ -106,7 +106,7 @@ def _add(*columns: Sequence[float]) -> list[float]:
 def _partition(config: Config, student: Layers, teacher: Layers) -> Partition:
     """Return the best counts of both models for the way in which the settings run the teacher."""
     num_ranks, virtual_stages = config.mesh.pp, config.pipeline.virtual_stages
-    if config.loss.alpha < 1:
+    if config.needs_teacher:
         # Only in the bubbles is the teacher free, so that a slow stage of the student can cost more than a busy rank.
         in_bubbles = config.pipeline.teacher == "fill"
         return partition(
@@ -148,15 +148,9 @@ def _num_slices(config: Config, work: Profile, split: Split) -> int:
     pipeline = config.pipeline
     if pipeline.slices is not None:
         return pipeline.slices
-    if pipeline.teacher != "fill" or config.mesh.pp == 1 or config.loss.alpha == 1:
+    if pipeline.teacher != "fill" or config.mesh.pp == 1 or not config.needs_teacher:
         return 1
-    student = make_plan(
-        schedule=pipeline.schedule,
-        teacher=None,
-        num_ranks=config.mesh.pp,
-        num_microbatches=config.num_microbatches,
-        virtual_stages=pipeline.virtual_stages,
-    )
+    student = make_step_plan(config, teacher=None, num_slices=1)
     most = min(MOST_SLICES, max(len(layers) for layers in split.teacher))
     return choose_slices(
         student, lambda number: stage_costs(work, replace(split, num_slices=number)), most=most

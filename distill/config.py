@@ -208,6 +208,11 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss looks at the teacher at all."""
+        return self.loss.alpha < 1
+
+    @property
     def num_microbatches(self) -> int:
         """Micro-batches each pipeline runs in one step; `mesh.dp` must be filled in."""
         assert self.mesh.dp > 0, f"mesh.dp={self.mesh.dp} is not filled in; see checks.fill_mesh"

@@ -76,23 +76,36 @@ def find_models(config: Config, mesh: Mesh) -> Models:
 
     teacher_folder = fetch(config.teacher.model, "teacher.model")
     teacher_config = load_config(teacher_folder, trust_remote_code=trust)
+    ready = None
+    student_folder = Path(config.run.dir) / "pruned"
     if config.student.model is not None:
         student_folder = fetch(config.student.model, "student.model")
-        student_config = load_config(student_folder, trust_remote_code=trust, key="student.model")
-        needs_pruning = False
-    else:
-        check_models(config, teacher_config, teacher_config)
-        student_folder = Path(config.run.dir) / "pruned"
-        student_config = planned_config(
-            teacher_config, resolve_shape(teacher_config, config.student.prune, tp=mesh.tp.size)
-        )
-        needs_pruning = True
-    check_models(config, teacher_config, student_config)
+        ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
+    student_config = checked_student(config, teacher_config, ready)
     try:
         split = split_models(config, teacher_config, student_config)
     except UnsupportedModel as error:
         raise ConfigError(f"teacher.model={config.teacher.model}: {error}") from error
-    return Models(teacher_folder, teacher_config, student_folder, needs_pruning, split)
+    return Models(teacher_folder, teacher_config, student_folder, ready is None, split)
+
+
+def checked_student(
+    config: Config, teacher_config: PretrainedConfig, ready: PretrainedConfig | None
+) -> PretrainedConfig:
+    """Return the student's config, which both models and the settings fit.
+
+    Args:
+        ready: of a student that is there; None plans the one that would be pruned.
+    Raises:
+        ConfigError: what does not fit, or a shape that cannot be had.
+    """
+    student_config = ready
+    if student_config is None:
+        check_models(config, teacher_config, teacher_config)
+        shape = resolve_shape(teacher_config, config.student.prune, tp=config.mesh.tp)
+        student_config = planned_config(teacher_config, shape)
+    check_models(config, teacher_config, student_config)
+    return student_config
 
 
 def load_stage(

@@ -20,7 +20,7 @@ from parallel.pipeline.actions import STEP_END, Kind, Plan, PlanError, Shape
 from parallel.pipeline.course import Course
 from parallel.pipeline.fill import fill_teacher
 from parallel.pipeline.schedules import make_plan
-from parallel.pipeline.simulate import Costs, Event, Timeline, simulate
+from parallel.pipeline.simulate import Costs, Event, Timeline, steady_state
 
 DRIFT = 0.15
 """By how much a cost may leave the plan's, relative to the others."""
@@ -29,11 +29,6 @@ _SMALL = 0.02
 
 Seconds = dict[tuple[Kind, int], float]
 """Median seconds of an action by kind and stage."""
-
-
-def needs_teacher(config: Config) -> bool:
-    """Whether the loss looks at the teacher at all."""
-    return config.loss.alpha < 1.0
 
 
 def make_step_plan(config: Config, *, teacher: str | None, num_slices: int) -> Plan:
@@ -86,11 +81,6 @@ def medians(events: Sequence[Event]) -> Seconds:
     return {key: statistics.median(each) for key, each in durations.items()}
 
 
-def steady_state(plan: Plan, costs: Costs) -> Timeline:
-    """Return a step as it goes once the steps before it have settled."""
-    return simulate(plan, costs, num_steps=6)
-
-
 class Planner:
     """Measures a run's actions, and keeps its course planned.
 
@@ -103,7 +93,7 @@ class Planner:
 
     def __init__(self, config: Config, mesh: Mesh, *, num_slices: int, latency: float = 0.0) -> None:
         self._config, self._mesh, self._num_slices, self._latency = config, mesh, num_slices, latency
-        mode = config.pipeline.teacher if needs_teacher(config) else None
+        mode = config.pipeline.teacher if config.needs_teacher else None
         # A pipeline of one rank has no idle time.
         self._fills = mode == "fill" and mesh.pp.size > 1
         first = make_step_plan(config, teacher="inline" if mode == "fill" else mode, num_slices=num_slices)

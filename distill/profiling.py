@@ -22,9 +22,10 @@ from torch import Tensor
 from distill.balance import count_work
 from distill.config import Config
 from distill.costs import Profile
+from distill.loading import DTYPES
 from distill.losses import fused_distillation_loss
 from distill.step import head_of
-from parallel.gradients import grad_target
+from parallel.gradients import grad_target, main_dtype
 from parallel.mesh import Axis
 from parallel.model import StageModel, build_stage
 from parallel.pipeline.partition import Layers
@@ -86,7 +87,7 @@ class _Bench:
     """The shapes of a run on a device."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device, self._dtype = config, device, getattr(torch, config.train.dtype)
+        self._config, self._device, self._dtype = config, device, DTYPES[config.train.dtype]
         self._shape_BS = (config.train.microbatch_size, config.data.seq_len)
         self._position_ids_BS = torch.arange(config.data.seq_len, device=device).expand(self._shape_BS)
 
@@ -108,7 +109,7 @@ class _Bench:
             torch.nn.init.normal_(parameter, std=0.02)
             if trainable:
                 # As in training, where gradients are summed in float32 at least.
-                parameter.main_grad = torch.zeros_like(parameter, dtype=_main_dtype(self._dtype))
+                parameter.main_grad = torch.zeros_like(parameter, dtype=main_dtype(self._dtype))
         return stage
 
     def embedding(self, stage: StageModel) -> tuple[float, float]:
@@ -163,7 +164,7 @@ class _Bench:
         student = self.stage(student_config, rank=2, trainable=True)
         student_hidden_TD = self._hidden(student).flatten(0, 1)
         teacher_head, teacher_hidden_TE = None, None
-        if loss.alpha < 1:
+        if self._config.needs_teacher:
             teacher = self.stage(teacher_config, rank=2, trainable=False)
             teacher_head, teacher_hidden_TE = head_of(teacher), self._hidden(teacher).flatten(0, 1)
         num_tokens = len(student_hidden_TD)
@@ -189,7 +190,7 @@ class _Bench:
     def optimizer_s_per_parameter(self) -> float:
         """Return the seconds of AdamW for each of many parameters."""
         run = torch.nn.Parameter(
-            torch.zeros(_STEPPED_NUMEL, dtype=_main_dtype(self._dtype), device=self._device)
+            torch.zeros(_STEPPED_NUMEL, dtype=main_dtype(self._dtype), device=self._device)
         )
         run.grad = torch.ones_like(run)
         adam = torch.optim.AdamW([run], fused=True)
@@ -267,7 +268,3 @@ def scaled(measured: dict[int, float], counted: Sequence[float]) -> list[float]:
         return measured[layer] * count / counted[layer]
 
     return [seconds(count) for count in counted]
-
-
-def _main_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

@@ -16,7 +16,7 @@ from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
 from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
-from distill.planning import Planner, needs_teacher
+from distill.planning import Planner
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
@@ -74,7 +74,7 @@ def open_session(config: Config, mesh: Mesh) -> Session:
     step = DistillationStep(
         mesh=mesh,
         students=students,
-        teacher=teacher if needs_teacher(config) else None,
+        teacher=teacher if config.needs_teacher else None,
         optimizer=optimizer,
         course=planner.course,
         loss=config.loss,

@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.planning import costs_of, medians, steady_state
+from distill.planning import costs_of, medians
 from parallel.collectives import barrier, gather_objects
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Plan
-from parallel.pipeline.simulate import Costs, Event
+from parallel.pipeline.simulate import Costs, Event, steady_state
 from parallel.pipeline.trace import to_chrome, to_svg
 
 SVG_FILE, JSON_FILE = "timeline.svg", "timeline.json"

@@ -16,8 +16,8 @@ from typing import Any
 import launch.benchmarks
 from distill.config import ConfigError
 from distill.convert import either
+from launch.command import run_alone
 from launch.config import parse_options
-from launch.environment import USER_ERROR
 from launch.report import table
 
 OUT_KEY = "bench.out"
@@ -56,15 +56,5 @@ def benchmark_names() -> list[str]:
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
-def main() -> int:
-    """Run the command line; return the exit code."""
-    try:
-        bench(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(bench))

@@ -73,6 +73,20 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     return 0
 
 
+def run_alone(work: Callable[[Sequence[str]], None]) -> int:
+    """Run a command of one process that reads its own command line; return the exit code.
+
+    Args:
+        work: what it does with the arguments; a `ConfigError` of it is told in one line.
+    """
+    try:
+        work(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
 def _let_rank_0_speak() -> None:
     """Wait for the end that torchrun brings when rank 0 leaves; one who comes back alone has seen the mistake."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from distill.balance import count_layers, split_models
-from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.costs import MOST_SLICES, Profile, Split, stage_costs, stage_sums
+from distill.loading import DTYPES, checked_student
 from distill.pretrained import load_config, resolve_model
 from distill.profiling import measure
-from distill.shape import planned_config, resolve_shape
 from launch.environment import World
 from launch.forecast import Job, Layout, seconds
 from launch.plan_options import Options, given_costs
@@ -84,10 +83,7 @@ def _student(
     Raises:
         ConfigError: what would not fit once everything is measured, found before it is.
     """
-    if ready is None:
-        check_models(case, teacher, teacher)
-    student = ready or planned_config(teacher, resolve_shape(teacher, case.student.prune, tp=case.mesh.tp))
-    check_models(case, teacher, student)
+    student = checked_student(case, teacher, ready)
     split_models(_filling(case), teacher, student)
     given_costs(Costs(0.0, 0.0, 0.0), options, config.mesh, case, 1)
     return student
@@ -145,13 +141,13 @@ def _job(
         base = stage_costs(shared, Split(split.student, split.teacher, num_slices), latency=latency)
         return given_costs(base, options, config.mesh, case, num_slices)
 
-    rows, itemsize = case.train.microbatch_size, getattr(torch, case.train.dtype).itemsize
+    rows, itemsize = case.train.microbatch_size, DTYPES[case.train.dtype].itemsize
     return Job(
         layout=Layout.of(case),
         schedule=pipeline.schedule,
         virtual_stages=pipeline.virtual_stages,
         costs_with=costs_with,
-        has_teacher=case.loss.alpha < 1,
+        has_teacher=case.needs_teacher,
         num_slices=options.slices or pipeline.slices,
         most_slices=min(MOST_SLICES, max(len(layers) for layers in split.teacher)),
         microbatch_size=rows,
@@ -166,7 +162,7 @@ def _job(
 
 def _state_bytes(case: Config, split: Split, teacher: PretrainedConfig, student: PretrainedConfig) -> int:
     """Return what the fullest rank holds between two steps: weights, and for the student gradients, moments and masters."""
-    itemsize = getattr(torch, case.train.dtype).itemsize
+    itemsize = DTYPES[case.train.dtype].itemsize
     main_itemsize = max(4, itemsize)
     trained = itemsize + 3 * main_itemsize + (main_itemsize if itemsize < 4 else 0)
     ranks = [0.0] * case.mesh.pp

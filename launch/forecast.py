@@ -18,10 +18,9 @@ from distill.costs import MOST_SLICES, choose_slices
 from parallel.pipeline.actions import Kind, Plan
 from parallel.pipeline.fill import bound_s, fill_teacher
 from parallel.pipeline.schedules import TEACHER, make_plan
-from parallel.pipeline.simulate import Costs, Timeline, simulate
+from parallel.pipeline.simulate import Costs, Timeline, steady_state
 
 WAYS = (*TEACHER, "fill")
-_STEPS = 6
 _WORTH_IT, _UNEVEN, _OFF_BOUND = 1.03, 1.1, 1.02
 _CLOSE = 1e-6
 
@@ -124,11 +123,11 @@ def forecast(job: Job) -> Forecast:
     whole, sliced = job.costs_with(1), job.costs_with(num_slices)
     if not job.has_teacher:
         whole = sliced = replace(sliced, teacher_slice=0.0)
-    timelines = {way: simulate(_plan(job, way), whole, num_steps=_STEPS) for way in TEACHER}
+    timelines = {way: steady_state(_plan(job, way), whole) for way in TEACHER}
     timelines["fill"], queue_tensors = timelines["inline"], int(job.has_teacher)
     if fills:
         filled = fill_teacher(student, sliced, num_slices=num_slices)
-        timelines["fill"] = simulate(filled, sliced, num_steps=_STEPS)
+        timelines["fill"] = steady_state(filled, sliced)
         queue_tensors = timelines["fill"].peak_teacher_queue + _carried_tensors(filled)
     work_s = _rank_work_s(student, whole)
     found = Forecast(

@@ -20,8 +20,8 @@ import yaml
 from distill.checks import check_config
 from distill.config import Config, ConfigError, MeshShape
 from distill.convert import flatten
+from launch.command import run_alone
 from launch.config import compose_config, config_text, parse_command_line, parse_options
-from launch.environment import USER_ERROR
 from launch.forecast import WAYS, Forecast, Job, Layout, forecast
 from launch.help import help_text
 from launch.plan_options import KEYS, Options, given_costs, read_options
@@ -56,7 +56,7 @@ def plan(arguments: Sequence[str]) -> None:
     if line.shows == "config":
         print(config_text(config) + (yaml.safe_dump(values, sort_keys=False) if values else ""), end="")
         return
-    missing = options.missing_costs(needs_teacher=config.loss.alpha < 1)
+    missing = options.missing_costs(needs_teacher=config.needs_teacher)
     if missing and config.teacher.model is None:
         raise ConfigError(
             f"{', '.join(missing)} must be given, because teacher.model=null names no model to measure; see --help"
@@ -128,7 +128,7 @@ def given_jobs(config: Config, cases: Sequence[Config], options: Options) -> tup
                 schedule=case.pipeline.schedule,
                 virtual_stages=case.pipeline.virtual_stages,
                 costs_with=costs_with,
-                has_teacher=case.loss.alpha < 1,
+                has_teacher=case.needs_teacher,
                 num_slices=options.slices or case.pipeline.slices,
                 microbatch_size=case.train.microbatch_size,
             )
@@ -294,15 +294,5 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the command line; return the exit code."""
-    try:
-        plan(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(plan))

@@ -37,6 +37,11 @@ class WeightGradients:
             self._held = None
 
 
+def main_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of parameters are summed and masters are kept: float32 at least."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def grad_target(parameter: nn.Parameter) -> Tensor:
     """Return the tensor that gradients of `parameter` are accumulated into: `main_grad`, else `grad` (made if absent)."""
     main_grad = getattr(parameter, "main_grad", None)

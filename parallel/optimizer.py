@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from parallel.buckets import Bucket, lay_out
 from parallel.collectives import all_reduce_
+from parallel.gradients import main_dtype
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.weights import Entry, parameter_table
@@ -95,12 +96,12 @@ class StageOptimizer:
         tie = {entry.is_tied_copy for entry in entries if entry.is_tied_copy or entry.is_tied_source}
         assert len(tie) < 2, "both ends of a tie on one rank: it needs two ranks, or one stage"
         dtype = entries[0].parameter.dtype
-        main_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        self._chunks = lay_out(trainable, mesh.tp, bucket_bytes // main_dtype.itemsize)
+        main = main_dtype(dtype)
+        self._chunks = lay_out(trainable, mesh.tp, bucket_bytes // main.itemsize)
         self.slots = [slot for chunk in self._chunks for slot in chunk.slots]
         self._reduced: set[tuple[int, int]] = set()
         self._complete: set[int] = set()
-        self._allocate(dtype, main_dtype)
+        self._allocate(dtype, main)
         self._adam = self._make_adam()
 
     @staticmethod
@@ -126,12 +127,12 @@ class StageOptimizer:
         return self._chunks[chunk].buckets
 
     @torch.no_grad()
-    def _allocate(self, dtype: torch.dtype, main_dtype: torch.dtype) -> None:
+    def _allocate(self, dtype: torch.dtype, main: torch.dtype) -> None:
         size = max(bucket.stop for chunk in self._chunks for bucket in chunk.buckets)
         self.flat = torch.zeros(size, dtype=dtype, device=self.mesh.device)
         for slot in self.slots:
             slot.view(self.flat).copy_(slot.entry.parameter)
-        self.master = self.flat if main_dtype == dtype else self.flat.to(main_dtype)
+        self.master = self.flat if main == dtype else self.flat.to(main)
         self.flat_grad = torch.zeros_like(self.master)
         self._moments = {name: torch.zeros_like(self.master) for name in ("exp_avg", "exp_avg_sq")}
         for slot in self.slots:

@@ -25,7 +25,7 @@ from distill.balance import split_models
 from distill.config import Config, Data, Loss, MeshShape, Pipeline, Train
 from distill.data import IGNORE, MicroBatch
 from distill.loading import load_stage
-from distill.planning import Planner, costs_of, make_step_plan, medians, steady_state
+from distill.planning import Planner, costs_of, make_step_plan, medians
 from distill.step import DistillationStep, messages
 from launch.benchmarks._torch_pipelining import TorchPipeline
 from parallel.collectives import all_reduce_, barrier, gather_objects
@@ -34,7 +34,7 @@ from parallel.model import StageModel
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
 from parallel.pipeline.fill import bound_s
 from parallel.pipeline.p2p import Links
-from parallel.pipeline.simulate import Event
+from parallel.pipeline.simulate import Event, steady_state
 
 OURS = ("fill", "inline", "batch")
 PEER = "torch_1f1b"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from launch.benchmarks._torch_pipelining import ENGINES
 from parallel.pipeline.actions import Plan
+from parallel.pipeline.course import look_ahead_steps
 from parallel.pipeline.fill import bound_s, fill_teacher
 from parallel.pipeline.schedules import make_plan
 from parallel.pipeline.simulate import Costs, simulate
@@ -126,8 +127,3 @@ class Job(NamedTuple):
     def limit_s(self) -> float:
         """Return the seconds after which it counts as hung; torch's stages first meet one by one."""
         return 60 + 3 * self.expected_s
-
-
-def look_ahead_steps(plan: Plan) -> int:
-    """Return the number of steps into which the look-ahead reaches."""
-    return max((1 + action.microbatch // plan.shape.num_microbatches for action in plan.carried), default=0)

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.benchmarks._schedule_cases import OURS, Case, Job, look_ahead_steps
+from launch.benchmarks._schedule_cases import OURS, Case, Job
 from launch.benchmarks._torch_pipelining import ENGINES, TorchPipeline
 from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Kind
-from parallel.pipeline.course import Course
+from parallel.pipeline.course import Course, look_ahead_steps
 from parallel.pipeline.executor import Executor, Handler
 from parallel.pipeline.p2p import Links, Message
 
@@ -184,27 +184,13 @@ class Session:
         return step
 
 
-class _InputGradient(torch.autograd.Function):
-    """The identity, whose backward takes the time of a stage's gradient with respect to its input."""
+class _Delayed(torch.autograd.Function):
+    """The identity, whose backward takes a time: that of a stage's gradient with respect to its input, or to its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
         return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
-        return grad, None
-
-
-class _WeightGradient(torch.autograd.Function):
-    """A weight as it is used, whose backward takes the time of a stage's gradient with respect to its weights."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -232,4 +218,4 @@ class SleepingStage(nn.Module):
         time.sleep(forward_s)
         if self.embedding is not None:
             x = x + self.embedding
-        return _InputGradient.apply(x, input_s) * _WeightGradient.apply(self.scale, weight_s)
+        return _Delayed.apply(x, input_s) * _Delayed.apply(self.scale, weight_s)

@@ -171,6 +171,11 @@ class Plan:
 
     def ahead(self) -> frozenset[Action]:
         """Return the teacher's actions done when this step ends, numbered as seen from the next step."""
+        return self._ahead
+
+    @cached_property
+    def _ahead(self) -> frozenset[Action]:
+        # Every step asks, and a plan of many micro-batches is long.
         num_microbatches = self.shape.num_microbatches
         done = [action for actions in self.ranks for action in actions if action.kind is Kind.K]
         return frozenset(

@@ -34,7 +34,7 @@ class Course:
         """Let another plan take over: at once when nothing is looked ahead, else after the steps that drain it."""
         self._following = plan
         if self._expected is not None:
-            self._end = min(self._end, self._expected + _depth(self.plan))
+            self._end = min(self._end, self._expected + look_ahead_steps(self.plan))
 
     def of(self, step: int) -> list[tuple[Plan, int]]:
         """Return the plans of an optimizer step with the number of their first micro-batch, lowered and proven.
@@ -59,7 +59,7 @@ class Course:
 
     def _cycle(self, left: int) -> Plan:
         """One step without the teacher's work for micro-batches that will not come."""
-        left = min(left, _depth(self.plan) + 1)
+        left = min(left, look_ahead_steps(self.plan) + 1)
         if ("cycle", left) not in self._proven:
             ahead = truncate(self.plan, left - 1).carried
             self._proven["cycle", left] = proven(truncate(self.plan, left), ahead=ahead)
@@ -85,7 +85,7 @@ def proven(plan: Plan, *, ahead: frozenset[Action]) -> Plan:
     return lowered
 
 
-def _depth(plan: Plan) -> int:
-    """The steps into which the look-ahead at the end of a step reaches."""
+def look_ahead_steps(plan: Plan) -> int:
+    """Return the number of steps into which the look-ahead at the end of a step reaches."""
     num_microbatches = plan.shape.num_microbatches
     return max((1 + action.microbatch // num_microbatches for action in plan.carried), default=0)

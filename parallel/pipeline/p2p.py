@@ -57,10 +57,14 @@ class _Outgoing:
     before: int = 0
     """Messages that the peer has received in the lists before this one."""
 
-    def send(self, tensor: Tensor) -> None:
-        """Start sending a contiguous tensor."""
+    def start(self, tensor: Tensor) -> dist.Work:
+        """Start sending a contiguous tensor, which the caller keeps."""
         # The group's own call: `dist.isend` looks ranks up at every message.
-        self.under_way.append((self.group.send([tensor], self.peer, 0), tensor))
+        return self.group.send([tensor], self.peer, 0)
+
+    def send(self, tensor: Tensor) -> None:
+        """Start sending a contiguous tensor, and keep it."""
+        self.under_way.append((self.start(tensor), tensor))
         while self.under_way and tensor.is_cuda and self.under_way[0][0].is_completed():
             self._settle_one()
 
@@ -89,6 +93,10 @@ class _Incoming:
     group: dist.ProcessGroup
     awaited: deque[Action] = field(default_factory=deque)
     posted: deque[tuple[Action, Tensor, dist.Work]] = field(default_factory=deque)
+
+    def start(self, buffer: Tensor) -> dist.Work:
+        """Start receiving into a contiguous tensor."""
+        return self.group.recv([buffer], self.peer, 0)
 
 
 Key = tuple[Kind, int, int]
@@ -154,9 +162,9 @@ class Links:
     def _warm_up(self) -> None:
         """Send one element over every channel, so that no connection is made inside a step."""
         element = torch.zeros(1, device=self.mesh.device)
-        sends = [channel.group.send([element], channel.peer, 0) for channel in self._outgoing.values()]
-        for incoming in self._incoming.values():
-            incoming.group.recv([torch.empty_like(element)], incoming.peer, 0).wait()
+        sends = [channel.start(element) for channel in self._outgoing.values()]
+        for channel in self._incoming.values():
+            channel.start(torch.empty_like(element)).wait()
         for work in sends:
             work.wait()
 
@@ -182,9 +190,9 @@ class Links:
         trips_s = []
         question, answer = self._pair()
         for _ in range(repeats):
-            coming = self._post_one(Kind.B, answer)
+            coming = self._incoming[Kind.B].start(answer)
             start_s = time.perf_counter()
-            going = self._send_one(Kind.F, question)
+            going = self._outgoing[Kind.F].start(question)
             coming.wait()
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize(self.mesh.device)
@@ -196,12 +204,12 @@ class Links:
     def _answer(self, repeats: int) -> None:
         """Answer the rank before."""
         question, answer = self._pair()
-        coming = self._post_one(Kind.F, question)
+        coming = self._incoming[Kind.F].start(question)
         for left in reversed(range(repeats)):
             coming.wait()
             if left:
-                coming = self._post_one(Kind.F, question)
-            self._send_one(Kind.B, answer).wait()
+                coming = self._incoming[Kind.F].start(question)
+            self._outgoing[Kind.B].start(answer).wait()
         self._give_pair(question, answer)
 
     def _pair(self) -> tuple[Tensor, Tensor]:
@@ -215,14 +223,6 @@ class Links:
     def _give_pair(self, there: Tensor, back: Tensor) -> None:
         self._pools[Kind.F].give(there)
         self._pools[Kind.B].give(back)
-
-    def _send_one(self, kind: Kind, buffer: Tensor) -> dist.Work:
-        channel = self._outgoing[kind]
-        return channel.group.send([buffer], channel.peer, 0)
-
-    def _post_one(self, kind: Kind, buffer: Tensor) -> dist.Work:
-        channel = self._incoming[kind]
-        return channel.group.recv([buffer], channel.peer, 0)
 
     def put(self, kind: Kind, stage: int, microbatch: int, tensor: Tensor) -> None:
         """Leave what an F, B or K of `stage` made: for its SEND, or for the next stage if that is on this rank."""
@@ -276,7 +276,7 @@ class Links:
         channel, message = self._incoming[kind], self.messages[kind]
         while channel.awaited and len(channel.posted) < self.window:
             buffer = self._pools[kind].take(message.shape, message.dtype)
-            channel.posted.append((channel.awaited.popleft(), buffer, self._post_one(kind, buffer)))
+            channel.posted.append((channel.awaited.popleft(), buffer, channel.start(buffer)))
 
     def _receive(self, action: Action) -> None:
         kind = TRAFFIC_OF[action.kind]

@@ -133,6 +133,11 @@ def simulate(plan: Plan, costs: Costs, *, num_steps: int = 1) -> Timeline:
     )
 
 
+def steady_state(plan: Plan, costs: Costs) -> Timeline:
+    """Return a step as it goes once the steps before it have settled."""
+    return simulate(plan, costs, num_steps=6)
+
+
 def bubble_fraction(events: Sequence[Event], *, num_ranks: int, step_s: float) -> float:
     """Return the share of a step in which ranks neither compute nor run the optimizer.
 

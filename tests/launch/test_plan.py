@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from distill.config import ConfigError
-from launch.plan import main, plan
+from launch.command import run_alone
+from launch.plan import plan
 
 COSTS = ["plan.costs.forward=1", "plan.costs.backward=2", "plan.costs.teacher=4"]
 CONTRACT = ("ideal_s", "bound_s", "step_s", "bubble_fraction", "queue_bytes", "advice")
@@ -123,7 +124,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
-    assert main() == 2
+    assert run_alone(plan) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {message}") and shown.count("\n") == 1
 
