@@ -76,11 +76,11 @@ def find_models(config: Config, mesh: Mesh) -> Models:
 
     teacher_folder = fetch(config.teacher.model, "teacher.model")
     teacher_config = load_config(teacher_folder, trust_remote_code=trust)
-    ready = None
-    student_folder = Path(config.run.dir) / "pruned"
     if config.student.model is not None:
         student_folder = fetch(config.student.model, "student.model")
         ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
+    else:
+        student_folder, ready = Path(config.run.dir) / "pruned", None
     student_config = checked_student(config, teacher_config, ready)
     try:
         split = split_models(config, teacher_config, student_config)

@@ -1,7 +1,8 @@
 """What a run tells: lines on the terminal, the files in the run's folder, and Weights & Biases.
 
-Decides: rank 0 alone writes; the other ranks make a silent `RunLog` and call the same methods. `metrics.jsonl` gets
-one flushed line a step and `evaluations.jsonl` one for each judged model, so a kill loses nothing there; wandb
+Decides: rank 0 alone writes; the other ranks make a silent `RunLog` and call the same methods. Files and wandb are written
+on a thread that yields to all else: a slow disk costs no step. `metrics.jsonl` gets one flushed line a step and
+`evaluations.jsonl` one for each judged model; `flush` before a checkpoint, so that a kill loses no line up to it. wandb
 holds back 32 KiB, so `close` must be reached, or `save_buffers` by `distill.stop.Stop.call_before_kill`. Steps are
 counted from 1: line N is written after the N-th optimizer step. Assumes numbers already reduced over the ranks.
 Imports wandb only when it is switched on.
@@ -15,8 +16,9 @@ import math
 import platform
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -33,6 +35,7 @@ from distill.runfolder import (
     write_lines,
     write_whole,
 )
+from parallel.background import Background
 
 CURVE_FILE = "curve.svg"
 _JUDGEMENT = ("step", "round", "model")
@@ -101,7 +104,8 @@ class RunLog:
         self._config, self._writes = config, writes
         self._folder = Path(config.run.dir or ".")
         self._recent_step_s: deque[float] = deque(maxlen=20)
-        self._finishing = threading.Lock()
+        self._closing = threading.Lock()
+        self._beside: Background | None = None
         self._metrics: TextIO | None = None
         self._wandb: Any = None
         self.steps: list[dict[str, Any]] = []
@@ -116,6 +120,7 @@ class RunLog:
         self._metrics = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
         if config.log.wandb != "disabled":
             self._wandb = _start_wandb(config, self._folder)
+        self._beside = Background("log", yields=True)
 
     def __enter__(self) -> Self:
         """Return the log."""
@@ -142,14 +147,14 @@ class RunLog:
 
         Args:
             total_steps: the step at which the run ends, for the line on the terminal.
+        Raises:
+            OSError: what writing raised before.
         """
-        if self._metrics is None:
+        if self._beside is None:
             return
         values = metrics.named()
         self.steps.append(values)
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
-        self._to_wandb(values, step=metrics.step)
+        self._beside.give(partial(self._write_step, values, metrics.step))
         self._recent_step_s.append(metrics.step_s)
         if metrics.step % self._config.log.every == 0 or metrics.step == total_steps:
             self.say(self._line(metrics, total_steps))
@@ -161,17 +166,28 @@ class RunLog:
             step: optimizer steps done when it was judged.
             model: `teacher`, or `student`.
             values: `eval/loss` (nats per token) and whatever else was measured, by name.
+        Raises:
+            OSError: what writing raised before.
         """
-        if self._metrics is None:
+        if self._beside is None:
             return
         line = {"step": step, "round": round, "model": model, **{k: _finite(v) for k, v in values.items()}}
         # A run that was killed between a judgement and the next checkpoint judges the same once more.
         others = (old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT))
         self.evaluations = [*others, line]
-        write_lines(self._folder / EVALUATIONS_FILE, self.evaluations)
-        self._to_wandb({f"{model}/{name}": line[name] for name in values}, step=step)
+        named = {f"{model}/{name}": line[name] for name in values}
+        self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
         shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
         self.say(f"held-out text, {model} after step {step}: {shown}")
+
+    def flush(self) -> None:
+        """Wait until all that was given is in the files.
+
+        Raises:
+            OSError: what writing raised.
+        """
+        if self._beside is not None:
+            self._beside.wait()
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Write `summary.json` and close.
@@ -190,17 +206,22 @@ class RunLog:
             "versions": versions(),
             **results,
         }
-        if self._metrics is not None:
+        if self._beside is not None:
             write_whole(self._folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         self.close(summary=summary)
         return summary
 
     def close(self, *, failed: bool = False, summary: Mapping[str, Any] | None = None) -> None:
         """Draw `curve.svg`, close the files and finish the wandb run; what is called later changes nothing."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-            draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
+        with self._closing:
+            beside, self._beside = self._beside, None
+            if beside is not None and self._metrics is not None:
+                try:
+                    beside.wait()
+                finally:
+                    beside.close()
+                    self._metrics.close()
+                draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
         self.save_buffers(failed=failed, summary=summary)
 
     def save_buffers(self, *, failed: bool = True, summary: Mapping[str, Any] | None = None) -> None:
@@ -208,10 +229,25 @@ class RunLog:
 
         May be called from another thread while a step is stuck, before the process is killed.
         """
-        with self._finishing:
+        with self._closing:
+            if self._beside is not None:
+                # What was given before comes first.
+                self._beside.submit(lambda: None).result()
             run, self._wandb = self._wandb, None
         if run is not None:
             _finish_wandb(run, self._folder, summary or {}, failed=failed)
+
+    def _write_step(self, values: Mapping[str, Any], step: int) -> None:
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        self._to_wandb(values, step=step)
+
+    def _write_evaluations(
+        self, lines: Sequence[Mapping[str, Any]], newest: Mapping[str, Any], step: int
+    ) -> None:
+        write_lines(self._folder / EVALUATIONS_FILE, lines)
+        self._to_wandb(newest, step=step)
 
     def _line(self, metrics: StepMetrics, total_steps: int) -> str:
         width = len(str(total_steps))

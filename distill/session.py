@@ -5,7 +5,7 @@ Decides the order: the teacher is loaded first, because the student is cut from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,40 @@ def open_session(config: Config, mesh: Mesh) -> Session:
     teacher = load_teacher(config, mesh, models)
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
     students, student_config = load_student(config, mesh, models, trainable=True)
+    step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
+    return Session(
+        models=models,
+        corpus=corpus,
+        teacher=teacher,
+        students=students,
+        student_config=student_config,
+        optimizer=step.optimizer,
+        planner=planner,
+        step=step,
+        judging=corpus.judging(config, mesh),
+        judging_links=_forward_links(config, mesh, models, students, teacher),
+        prune_s=prune_s,
+    )
+
+
+def bind_step(
+    config: Config,
+    mesh: Mesh,
+    models: Models,
+    *,
+    teacher: StageModel,
+    students: Sequence[StageModel],
+    batches: Callable[[int], Sequence[MicroBatch]],
+) -> tuple[DistillationStep, Planner]:
+    """Return this rank's step over loaded models, and the planner that keeps its course.
+
+    Args:
+        teacher, students: this rank's stages.
+        batches: step -> this replica's micro-batches.
+    Collectives: those of making and timing `Links`, and of `StageOptimizer`.
+    """
     optimizer = StageOptimizer.of_stages(students, mesh, _adamw(config), _learning_rate(config))
-    traffic = _traffic(config, students, teacher)
-    links = Links(mesh, traffic, num_stages=len(models.split.student))
+    links = Links(mesh, _traffic(config, students, teacher), num_stages=len(models.split.student))
     latency_s = links.measure_latency()
     planner = Planner(config, mesh, num_slices=models.split.num_slices, latency=latency_s)
     step = DistillationStep(
@@ -79,21 +110,9 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         course=planner.course,
         loss=config.loss,
         links=links,
-        batches=batches.step,
+        batches=batches,
     )
-    return Session(
-        models=models,
-        corpus=corpus,
-        teacher=teacher,
-        students=students,
-        student_config=student_config,
-        optimizer=optimizer,
-        planner=planner,
-        step=step,
-        judging=corpus.judging(config, mesh),
-        judging_links=_forward_links(config, mesh, models, students, teacher),
-        prune_s=prune_s,
-    )
+    return step, planner
 
 
 def _traffic(

@@ -65,7 +65,8 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     session = open_session(config, mesh)
     state = _resume(config, mesh, session, folder)
     total_steps = config.train.steps
-    with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log:
+    saver = checkpoint.Saver(folder / "checkpoints", session.optimizer, mesh, keep=config.checkpoint.keep)
+    with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log, saver:
         stop.call_before_kill(log.save_buffers)
         _say_start(log, config, session, state)
         # A run that goes on from another run's checkpoint has judged nothing either.
@@ -89,8 +90,12 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
                 _judge(log, mesh, session, step=state.step, who="student")
             done = state.step == total_steps
             if done or stopping or _is_due(config.checkpoint.every, state.step):
-                _save(config, mesh, session, state, folder)
+                # A run that goes on from this checkpoint must find the lines up to it.
+                log.flush()
+                saver.save(state.step, {"tokens": state.tokens, "prune_s": state.prune_s})
+            saver.check()
             if stopping and not done:
+                saver.wait()
                 log.say(
                     f"stopped after step {state.step} of {total_steps}; the same command goes on from there"
                 )
@@ -99,6 +104,7 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         if session.planner.typical is not None:
             write_timeline(folder, mesh, *session.planner.typical, session.planner.costs)
         session.step.close()
+        saver.wait()
         return _finish(log, config, mesh, session, state, folder)
 
 
@@ -124,18 +130,6 @@ def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _Stat
         raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     checkpoint.drop_after(root, manifest.step, mesh)
     return _State(step=manifest.step, tokens=manifest.extras["tokens"], prune_s=manifest.extras["prune_s"])
-
-
-def _save(config: Config, mesh: Mesh, session: Session, state: _State, folder: Path) -> None:
-    extras = {"tokens": state.tokens, "prune_s": state.prune_s}
-    checkpoint.save(
-        folder / "checkpoints",
-        state.step,
-        session.optimizer,
-        mesh,
-        extras=extras,
-        keep=config.checkpoint.keep,
-    )
 
 
 def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:

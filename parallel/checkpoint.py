@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: written beside and renamed, complete or absent.
+"""Checkpoints of a training run: written beside the steps, complete or absent.
 
     checkpoints/step-00000120/
       manifest.json                 step, layout, fingerprint of the model, size of each file, the caller's extras
       stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
-folder. Data-parallel replicas are equal, so only dp rank 0 writes. The teacher is not in it. Only JSON and safetensors
+folder. A step waits only for the copy of its state. Data-parallel replicas are equal, so only dp rank 0 writes. The teacher is not in it. Only JSON and safetensors
 are read. Restores into the same pp, tp and stages a rank; the data-parallel size is free.
 """
 
@@ -14,20 +14,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from parallel.background import Background
 from parallel.collectives import barrier, broadcast_object, gather_objects
 from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
 
 MANIFEST = "manifest.json"
+_LAST_S = 60.0
+"""How long a run that failed waits for its checkpoint under way."""
 _OTHER = "it belongs to another student, or its layers were split over the stages in another way"
 
 
@@ -65,48 +71,88 @@ def _layout(mesh: Mesh, optimizer: StageOptimizer) -> dict[str, int]:
     }
 
 
-def save(
-    root: Path, step: int, optimizer: StageOptimizer, mesh: Mesh, *, extras: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`.
+class Saver:
+    """Writes a run's checkpoints while its training goes on, one after the other, on a thread that yields to all else.
+
+    Use it as a context manager: an error inside still lets the checkpoint under way come to its end, if it can.
 
     Args:
         root: the run's `checkpoints` folder.
-        extras: JSON values of the caller (round, fingerprints).
-    Returns:
-        The checkpoint's folder.
-    Collectives: over the world: a barrier, a gather of file sizes, a barrier.
+        keep: how many of the newest complete ones stay.
     """
-    final = root / f"step-{step:08d}"
-    temporary = root / f"{final.name}.partial"
-    if mesh.world.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(mesh.world)
-    written: dict[str, int] = {}
-    if mesh.dp.is_first:
-        path = temporary / _file_name(mesh)
-        tensors = {
-            _tensor_name(name, entry): view.detach().cpu().clone()
-            for entry, views in optimizer.state()
-            for name, view in views.items()
-        }
-        save_file(tensors, path)
-        _sync(path)
-        written[path.name] = path.stat().st_size
-    reports = gather_objects(written, mesh.world)
-    if mesh.world.is_first:
-        files = {name: size for report in reports for name, size in report.items()}
-        manifest = {"step": step, "layout": _layout(mesh, optimizer), "files": files, "extras": extras}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        _sync(temporary / MANIFEST)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(root)
-        for old in complete_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
-    barrier(mesh.world)
-    return final
+
+    def __init__(self, root: Path, optimizer: StageOptimizer, mesh: Mesh, *, keep: int) -> None:
+        self._root, self._optimizer, self._mesh, self._keep = root, optimizer, mesh, keep
+        self._beside = Background("checkpoints", yields=True)
+
+    def save(self, step: int, extras: dict[str, Any]) -> None:
+        """Copy this rank's state, and write it from then on; waits for the checkpoint before to be complete.
+
+        Args:
+            step: optimizer steps done.
+            extras: JSON values of the caller (round, fingerprints).
+        Raises:
+            OSError: what writing raised before.
+        Collectives: on the thread, over `mesh.background`: a barrier, a gather of file sizes, a barrier.
+        """
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        if self._mesh.dp.is_first:
+            tensors = {
+                _tensor_name(name, entry): view.detach().to("cpu", copy=True)
+                for entry, views in self._optimizer.state()
+                for name, view in views.items()
+            }
+        self._beside.give(partial(self._write, step, tensors, extras))
+
+    def check(self) -> None:
+        """Raise what writing has raised so far."""
+        self._beside.check()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint under way is complete on all ranks, and raise what writing it raised."""
+        self._beside.wait()
+
+    def __enter__(self) -> Self:
+        """Return the saver."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Wait for the checkpoint under way; after an error not for ever, and without an error of its own."""
+        if kind is None:
+            self.wait()
+        else:
+            with suppress(BaseException):
+                self._beside.wait(_LAST_S)
+        self._beside.close()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], extras: dict[str, Any]) -> None:
+        root, mesh = self._root, self._mesh
+        final = root / f"step-{step:08d}"
+        temporary = root / f"{final.name}.partial"
+        if mesh.world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier(mesh.background)
+        written: dict[str, int] = {}
+        if mesh.dp.is_first:
+            path = temporary / _file_name(mesh)
+            save_file(tensors, path)
+            _sync(path)
+            written[path.name] = path.stat().st_size
+        reports = gather_objects(written, mesh.background)
+        if mesh.world.is_first:
+            files = {name: size for report in reports for name, size in report.items()}
+            layout = _layout(mesh, self._optimizer)
+            manifest = {"step": step, "layout": layout, "files": files, "extras": extras}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+            _sync(temporary / MANIFEST)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync(root)
+            for old in complete_checkpoints(root)[: -self._keep]:
+                shutil.rmtree(old)
+        barrier(mesh.background)
 
 
 def _sync(path: Path) -> None:

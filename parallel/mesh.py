@@ -73,16 +73,19 @@ class _Groups:
     Args:
         rank: this process.
         made: groups that are there already, by their ranks.
+        backend: of the groups to make; None takes the default group's.
     """
 
-    def __init__(self, rank: int, made: dict[tuple[int, ...], dist.ProcessGroup]) -> None:
-        self._rank, self._made = rank, made
+    def __init__(
+        self, rank: int, made: dict[tuple[int, ...], dist.ProcessGroup], *, backend: str | None = None
+    ) -> None:
+        self._rank, self._made, self._backend = rank, made, backend
 
     def axis(self, name: str, sets: Sequence[tuple[int, ...]]) -> Axis:
         """Return the axis over the one of `sets` that this rank is in; alone if it is in none."""
         for members in sets:
             if len(members) > 1 and members not in self._made:
-                self._made[members] = dist.new_group(list(members))
+                self._made[members] = dist.new_group(list(members), backend=self._backend)
         mine = next((members for members in sets if self._rank in members), (self._rank,))
         if len(mine) == 1:
             return Axis(name, ranks=mine)
@@ -111,13 +114,15 @@ class Mesh:
     model: Axis
     """pp x tp: the ranks that hold one copy of the model."""
     world: Axis
+    background: Axis
+    """The world, for files written beside the steps: a gloo group that nothing else uses."""
     gradients: GradientAxes
     device: torch.device
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> Mesh:
         """Return the mesh of one process; needs no `torch.distributed`."""
-        names = ("pp", "dp", "tp", "model", "world")
+        names = ("pp", "dp", "tp", "model", "world", "background")
         gradients = GradientAxes(*(Axis(name) for name in ("dp", "tp", "tie", "model")))
         return Mesh(*(Axis(name) for name in names), gradients=gradients, device=torch.device(device))
 
@@ -130,8 +135,9 @@ class Mesh:
             device: where this rank computes.
         Raises:
             ValueError: the product is not the world size.
-        Collectives: creates one group for each set of ranks that is no axis of one, and a second one for the axes of
-            gradients (all made on all ranks); one all-reduce of one element over each of those.
+        Collectives: creates one group for each set of ranks that is no axis of one, a second one for the axes of
+            gradients and one for the background (all made on all ranks); one all-reduce of one element over each of the
+            gradients'.
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
         if pp * dp * tp != world_size:
@@ -156,6 +162,7 @@ class Mesh:
             tp=groups.axis("tp", sets("pp", "dp")),
             model=groups.axis("model", sets("dp")),
             world=groups.axis("world", sets()),
+            background=_Groups(rank, {}, backend="gloo").axis("background", sets()),
             gradients=GradientAxes(
                 dp=apart.axis("dp", sets("pp", "tp")),
                 tp=apart.axis("tp", sets("pp", "dp")),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,19 +20,23 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from distill.balance import split_models
-from distill.config import Config, Data, Loss, MeshShape, Pipeline, Train
-from distill.data import IGNORE, MicroBatch
-from distill.loading import load_stage
-from distill.planning import Planner, costs_of, make_step_plan, medians
-from distill.step import DistillationStep, messages
+from distill.config import (
+    Config,
+    Data,
+    Loss,
+    MeshShape,
+    Optimizer,
+    Pipeline,
+    Student,
+    Teacher,
+    Train,
+)
+from distill.planning import costs_of, make_step_plan, medians
+from launch.benchmarks._inputs import load_step, microbatches
 from launch.benchmarks._torch_pipelining import TorchPipeline
 from parallel.collectives import all_reduce_, barrier, gather_objects
 from parallel.mesh import Mesh
-from parallel.model import StageModel
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
 from parallel.pipeline.fill import bound_s
-from parallel.pipeline.p2p import Links
 from parallel.pipeline.simulate import Event, steady_state
 
 OURS = ("fill", "inline", "batch")
@@ -70,6 +73,8 @@ class Job:
     def config(self) -> Config:
         """Return the settings of such a training, which never comes to its end here."""
         return Config(
+            teacher=Teacher(model=self.teacher),
+            student=Student(model=self.student),
             loss=Loss(temperature=self.temperature, alpha=0.0),
             mesh=MeshShape(pp=self.pp, dp=1, tp=1),
             pipeline=Pipeline(teacher=self.side, measure_steps=MEASURED_STEPS, replan_every=0),
@@ -80,6 +85,7 @@ class Job:
                 steps=10**6,
                 dtype="float32",
             ),
+            optimizer=Optimizer(lr=_LR, betas=_BETAS, clip=_CLIP, schedule="constant"),
         )
 
     def input_ids(self, step: int) -> Tensor:
@@ -138,7 +144,9 @@ class _Ours:
 
     def __init__(self, job: Job, mesh: Mesh) -> None:
         self._mesh, self._config = mesh, job.config()
-        self._step, self._planner = _build(job, self._config, mesh)
+        self._step, self._planner = load_step(
+            self._config, mesh, lambda step: microbatches(job.input_ids(step), job.rows)
+        )
         self._number = 0
         self._filled: list[Event] = []
 
@@ -176,58 +184,6 @@ class _Ours:
             inline_s=steady_state(inline, costs).step_s,
             bound_s=bound_s(student, costs, num_slices=plan.shape.num_slices),
         )
-
-
-def _build(job: Job, config: Config, mesh: Mesh) -> tuple[DistillationStep, Planner]:
-    configs = [AutoConfig.from_pretrained(folder) for folder in (job.teacher, job.student)]
-    split = split_models(config, *configs)
-    num_stages = len(split.student)
-
-    def load(which: int, stage: int) -> StageModel:
-        is_student = which == 1
-        return load_stage(
-            Path((job.teacher, job.student)[which]),
-            configs[which],
-            config,
-            mesh,
-            trainable=is_student,
-            key=("teacher", "student")[which],
-            layers=split.student if is_student else split.teacher,
-            stage=stage,
-            num_slices=1 if is_student else split.num_slices,
-        )
-
-    teacher = load(0, mesh.pp.rank)
-    students = [load(1, stage) for stage in range(mesh.pp.rank, num_stages, mesh.pp.size)]
-    traffic = messages(students[0], teacher, rows=job.rows, seq_len=job.seq_len)
-    links = Links(mesh, traffic, num_stages=num_stages)
-    planner = Planner(config, mesh, num_slices=split.num_slices, latency=links.measure_latency())
-    optimizer = StageOptimizer.of_stages(
-        students,
-        mesh,
-        AdamWOptions(betas=_BETAS, weight_decay=0.0, clip=_CLIP),
-        LearningRate(_LR, 0, config.train.steps, "constant"),
-    )
-    step = DistillationStep(
-        mesh=mesh,
-        students=students,
-        teacher=teacher,
-        optimizer=optimizer,
-        course=planner.course,
-        loss=config.loss,
-        links=links,
-        batches=lambda number: _microbatches(job, number),
-    )
-    return step, planner
-
-
-def _microbatches(job: Job, step: int) -> list[MicroBatch]:
-    input_ids = job.input_ids(step)
-    labels = input_ids.roll(-1, dims=1)
-    labels[:, -1] = IGNORE
-    positions = torch.arange(job.seq_len).expand_as(input_ids)
-    pieces = (part.split(job.rows) for part in (input_ids, positions, labels))
-    return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
 
 class _Part(nn.Module):

@@ -30,23 +30,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from distill.config import ConfigError
 from distill.convert import either
-from distill.pretrained import EMBEDDED, resolve_model
 from launch.benchmarks._crew import run_jobs, say
+from launch.benchmarks._inputs import check_losses, model_folders
 from launch.benchmarks._pipeline_sides import MEASURED_STEPS, OURS, PEER, Job, Result, Session
 
 _SIDES = (*OURS, PEER)
 _NAMES = {"inline": "ours, inline", "batch": "ours, batch", PEER: "torch Schedule1F1B"}
 _BOUND, _PEER_BOUND = 1.1, 1.0
-_KEPT_CHANNELS, _MULTIPLE = 0.6, 32
-_LOSS_TOLERANCE = 1e-3
 _TURN = 2
-_CACHE = Path("cache")
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     chosen = _read(options)
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        teacher, student = _models(chosen, Path(folder))
+        teacher, student = model_folders(chosen.teacher, chosen.student, Path(folder))
         job = Job(
             teacher=teacher,
             student=student,
@@ -99,7 +94,8 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
             runs[done.side].append(results)
             step_s = max(result.step_s for result in results)
             say(f"{done.side}: {step_s:.3f} s a step, {job.num_tokens / step_s:.1f} tokens/s")
-    _check_losses(runs)
+    # The first loss shows the models and the data, the second also the update.
+    check_losses({side: each[0][-1].losses[:2] for side, each in runs.items()})
     return list(_rows(job, runs, failures))
 
 
@@ -127,52 +123,6 @@ def _read(options: Mapping[str, Any]) -> _Options:
     if "fill" not in chosen.sides:
         raise ConfigError("sides must name fill, which the others are compared with")
     return chosen
-
-
-def _models(chosen: _Options, folder: Path) -> tuple[str, str]:
-    """The folders of both models; those that were not named are written."""
-    teacher = chosen.teacher
-    if teacher == EMBEDDED:
-        teacher = str(resolve_model(EMBEDDED, cache_dir=_CACHE, trust_remote_code=False, key="teacher"))
-    elif not teacher:
-        teacher = _write(_smollm2(), folder / "teacher", seed=0)
-    student = chosen.student
-    if not student:
-        pruned = AutoConfig.from_pretrained(teacher)
-        channels = _KEPT_CHANNELS * pruned.intermediate_size
-        pruned.intermediate_size = max(1, round(channels / _MULTIPLE)) * _MULTIPLE
-        student = _write(pruned, folder / "student", seed=1)
-    return teacher, student
-
-
-def _smollm2() -> LlamaConfig:
-    """The shape of SmolLM2-135M."""
-    return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-
-
-def _write(config: PretrainedConfig, folder: Path, *, seed: int) -> str:
-    """Write a random model of a shape; return its folder."""
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
-
-
-def _check_losses(runs: Mapping[str, list[list[Result]]]) -> None:
-    """Every side must compute the same: the first loss shows the models and data, the second also the update."""
-    losses = {side: each[0][-1].losses[:2] for side, each in runs.items()}
-    first = next(iter(losses.values()), [])
-    for side, found in losses.items():
-        for ours, theirs in zip(first, found, strict=True):
-            assert abs(theirs - ours) <= _LOSS_TOLERANCE * abs(ours), (side, losses)
 
 
 def _rows(

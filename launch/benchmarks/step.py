@@ -40,19 +40,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
-from distill.config import Config, ConfigError, Data, Loss, MeshShape, Train
-from distill.data import IGNORE, MicroBatch
-from distill.loading import load_stage
-from distill.planning import make_step_plan
-from distill.step import DistillationStep, messages
+from distill.config import (
+    Config,
+    ConfigError,
+    Data,
+    Loss,
+    MeshShape,
+    Optimizer,
+    Pipeline,
+    Student,
+    Teacher,
+    Train,
+)
+from distill.loading import DTYPES
+from launch.benchmarks._inputs import check_losses, load_step, microbatches, model_folders
 from launch.benchmarks.loss import forget_peak, status_bytes
 from parallel.mesh import Mesh
-from parallel.model import StageModel, build_meta_model
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
-from parallel.pipeline.course import Course
-from parallel.pipeline.p2p import Links
+from parallel.model import build_meta_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VENV = _ROOT / ".venv-trl"
@@ -60,7 +66,6 @@ _TORCH = "2.13.0"
 _PACKAGES = ("trl==1.16.0", "accelerate==1.15.0", "transformers==5.23.0", "datasets==5.2.0")
 _PEERS = {"gkd": "TRL GKDTrainer", "distillation": "TRL DistillationTrainer"}
 _TIME_BOUND, _MEMORY_BOUND = 0.9, 0.4
-_LOSS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ class _Trl:
 def _serve(job: _Job, pipe: Connection) -> None:
     torch.set_num_threads(job.threads)
     base_bytes = status_bytes("VmRSS")
-    step = _build(job)
+    batch = microbatches(load_file(job.data)["rows"], job.microbatch)
+    step, _ = load_step(_config(job), Mesh.single(), lambda step: batch)
     for number in range(job.steps):
         try:
             pipe.recv()
@@ -152,11 +158,13 @@ def _serve(job: _Job, pipe: Connection) -> None:
         )
 
 
-def _build(job: _Job) -> DistillationStep:
-    mesh = Mesh.single()
-    config = Config(
+def _config(job: _Job) -> Config:
+    return Config(
+        teacher=Teacher(model=job.teacher),
+        student=Student(model=job.student),
         loss=Loss(temperature=job.temperature, alpha=0.0),
         mesh=MeshShape(pp=1, dp=1, tp=1),
+        pipeline=Pipeline(teacher="inline"),
         data=Data(seq_len=job.seq_len),
         train=Train(
             global_batch_size=job.rows,
@@ -165,48 +173,8 @@ def _build(job: _Job) -> DistillationStep:
             dtype=job.dtype,
             recompute=job.recompute,
         ),
+        optimizer=Optimizer(lr=job.lr, schedule="constant"),
     )
-    teacher = _load(config, mesh, job.teacher, trainable=False)
-    student = _load(config, mesh, job.student, trainable=True)
-    options = AdamWOptions(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
-    plan = make_step_plan(config, teacher="inline", num_slices=1)
-    microbatches = _microbatches(job)
-    return DistillationStep(
-        mesh=mesh,
-        students=[student],
-        teacher=teacher,
-        optimizer=StageOptimizer.of_stages(
-            [student], mesh, options, LearningRate(job.lr, 0, job.steps, "constant")
-        ),
-        course=Course(plan, num_steps=job.steps),
-        loss=config.loss,
-        links=Links(mesh, messages(student, teacher, rows=job.microbatch, seq_len=job.seq_len)),
-        batches=lambda step: microbatches,
-    )
-
-
-def _load(config: Config, mesh: Mesh, folder: str, *, trainable: bool) -> StageModel:
-    """Load a whole model."""
-    model_config = AutoConfig.from_pretrained(folder)
-    return load_stage(
-        Path(folder),
-        model_config,
-        config,
-        mesh,
-        trainable=trainable,
-        key=folder,
-        layers=[range(model_config.num_hidden_layers)],
-        stage=0,
-    )
-
-
-def _microbatches(job: _Job) -> list[MicroBatch]:
-    input_ids = load_file(job.data)["rows"]
-    labels = input_ids.roll(-1, dims=1)
-    labels[:, -1] = IGNORE
-    positions = torch.arange(job.seq_len).expand_as(input_ids)
-    pieces = (part.split(job.microbatch) for part in (input_ids, positions, labels))
-    return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def _make_venv() -> None:
@@ -226,27 +194,9 @@ def _make_venv() -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
-def _random_model(folder: Path, intermediate_size: int) -> str:
-    """Write a Llama of SmolLM2-135M's shape but for its FFN width."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(intermediate_size)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
 def _prepare(job: _Job, folder: Path) -> _Job:
     """Write the models that were not named, and the rows."""
-    teacher = job.teacher or _random_model(folder / "teacher", 1536)
-    student = job.student or _random_model(folder / "student", 928)
+    teacher, student = model_folders(job.teacher, job.student, folder)
     vocab_size = AutoConfig.from_pretrained(student).vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, vocab_size, (job.rows, job.seq_len), generator=generator)
@@ -263,14 +213,11 @@ def _state_bytes(job: _Job) -> int:
         )
         for folder in (job.teacher, job.student)
     )
-    return (teacher + 3 * student) * getattr(torch, job.dtype).itemsize
+    return (teacher + 3 * student) * DTYPES[job.dtype].itemsize
 
 
 def _rows(job: _Job, answers: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    first = {name: given[0]["loss"] for name, given in answers.items()}
-    assert all(
-        abs(loss - first["ours"]) <= _LOSS_TOLERANCE * abs(first["ours"]) for loss in first.values()
-    ), first
+    check_losses({name: [given[0]["loss"]] for name, given in answers.items()})
     tokens, state_bytes = job.rows * job.seq_len, _state_bytes(job)
     seconds = {
         name: statistics.median(answer["seconds"] for answer in given[1:]) / tokens

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from parallel.background import Background
 from parallel.pipeline.actions import Action, Kind, Plan
-from parallel.pipeline.background import Background
 from parallel.pipeline.lanes import Lane, lane_of, lanes_of
 from parallel.pipeline.lower import acknowledgements, count_received, requirements
 from parallel.pipeline.p2p import Links

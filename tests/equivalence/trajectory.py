@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 from distill.config import Loss
 from distill.data import IGNORE, MicroBatch
 from distill.step import DistillationStep, StepStats, messages
+from parallel.checkpoint import Saver
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
@@ -246,3 +248,12 @@ def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
         optimizer.step()
         losses.append((total.item(), hard.item(), soft.item()))
     return Trajectory(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def save_now(
+    root: Path, step: int, optimizer: StageOptimizer, mesh: Mesh, *, extras: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint, wait until it is complete, and return its folder."""
+    with Saver(root, optimizer, mesh, keep=keep) as saver:
+        saver.save(step, extras)
+    return root / f"step-{step:08d}"

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError
 from launch.benchmarks import pipeline
-from launch.benchmarks._pipeline_sides import PEER, Job, Result, _Part
+from launch.benchmarks._inputs import check_losses
+from launch.benchmarks._pipeline_sides import PEER, Job, _Part
 from tests.families import save_tiny, tiny_config
 
 
@@ -59,13 +60,10 @@ def test_rows_compare_fill_with_theory_and_all_other_sides(
 
 
 def test_sides_that_compute_something_else_are_found() -> None:
-    def side(*losses: float) -> list[list[Result]]:
-        return [[Result([0.0, 0.0], 1.0, None), Result(list(losses), 1.0, None)]]
-
-    pipeline._check_losses({"fill": side(2.0, 1.0), PEER: side(2.001, 1.0)})
-    for wrong in ((2.01, 1.0), (2.0, 1.01)):
+    check_losses({"fill": [2.0, 1.0], PEER: [2.001, 1.0]})
+    for wrong in ([2.01, 1.0], [2.0, 1.01]):
         with pytest.raises(AssertionError, match=PEER):
-            pipeline._check_losses({"fill": side(2.0, 1.0), PEER: side(*wrong)})
+            check_losses({"fill": [2.0, 1.0], PEER: wrong})
 
 
 @pytest.mark.parametrize(

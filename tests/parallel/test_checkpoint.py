@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +18,24 @@ from distill.step import DistillationStep
 from parallel.checkpoint import (
     MANIFEST,
     CheckpointError,
+    Saver,
     complete_checkpoints,
     drop_after,
     latest,
     read_manifest,
     restore,
-    save,
 )
 from parallel.mesh import Mesh
-from tests.equivalence.trajectory import SINGLE, Case, make_step, mesh_of, save_models, state_of, train
+from tests.equivalence.trajectory import (
+    SINGLE,
+    Case,
+    make_step,
+    mesh_of,
+    save_models,
+    save_now,
+    state_of,
+    train,
+)
 from tests.workers import run_distributed
 
 EXTRAS = {"tokens": 123, "prune_s": 0.25}
@@ -62,7 +73,7 @@ def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list
         expected = train(uninterrupted, range(4))
         assert latest(root / str(number), mesh) is None
         done = train(first, range(2))
-        folder = save(root / str(number), 2, first.optimizer, mesh, extras=EXTRAS, keep=1)
+        folder = save_now(root / str(number), 2, first.optimizer, mesh, extras=EXTRAS, keep=1)
         assert latest(root / str(number), mesh) == folder
         saved = state_of(first)
         assert _differ(second, saved), "a fresh student must differ before"
@@ -142,7 +153,9 @@ def test_four_ranks(folders: dict[str, str], tmp_path: Path) -> None:
 def test_bf16_parameters_follow_the_restored_master(folders: dict[str, str], tmp_path: Path) -> None:
     first, second = (make_step(SINGLE, folders, Mesh.single(), dtype=torch.bfloat16) for _ in range(2))
     train(first, range(2))
-    restore(save(tmp_path, 2, first.optimizer, first.mesh, extras={}, keep=1), second.optimizer, second.mesh)
+    restore(
+        save_now(tmp_path, 2, first.optimizer, first.mesh, extras={}, keep=1), second.optimizer, second.mesh
+    )
     assert not _differ(second, state_of(first))
     assert load_file(tmp_path / "step-00000002" / FILE)["weight/model.norm.weight"].dtype == torch.float32
 
@@ -157,7 +170,7 @@ def step(folders: dict[str, str]) -> DistillationStep:
 
 @pytest.fixture
 def saved(step: DistillationStep, tmp_path: Path) -> Path:
-    return save(tmp_path, 7, step.optimizer, step.mesh, extras=EXTRAS, keep=3)
+    return save_now(tmp_path, 7, step.optimizer, step.mesh, extras=EXTRAS, keep=3)
 
 
 def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, tmp_path: Path) -> None:
@@ -165,7 +178,7 @@ def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, 
     assert latest(root, mesh) is None and complete_checkpoints(root) == []
 
     def write(number: int, keep: int) -> Path:
-        return save(root, number, step.optimizer, mesh, extras={}, keep=keep)
+        return save_now(root, number, step.optimizer, mesh, extras={}, keep=keep)
 
     for number in (2, 9, 10, 100):
         assert write(number, 3) == latest(root, mesh) == root / f"step-{number:08d}"
@@ -185,7 +198,7 @@ def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, 
 
 def test_a_step_saved_again_replaces_the_old_one(step: DistillationStep, saved: Path) -> None:
     (saved / "left over").write_text("x")
-    again = save(saved.parent, 7, step.optimizer, step.mesh, extras={"round": 1}, keep=3)
+    again = save_now(saved.parent, 7, step.optimizer, step.mesh, extras={"round": 1}, keep=3)
     assert again == saved and not (saved / "left over").exists()
     assert read_manifest(saved).extras == {"round": 1}
 
@@ -198,12 +211,79 @@ def test_nothing_is_complete_before_the_files_are_written(
 
     monkeypatch.setattr("parallel.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="no space"):
-        save(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
+        save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
+    with Saver(tmp_path, step.optimizer, step.mesh, keep=1) as saver:
+        saver.save(1, {})
+        deadline = time.monotonic() + 60
+        with pytest.raises(OSError, match="no space"):
+            while time.monotonic() < deadline:
+                saver.check()
     assert complete_checkpoints(tmp_path) == []
     monkeypatch.undo()
     assert latest(tmp_path, step.mesh) is None
-    save(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
+    save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def _held_back(patch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let files be written only when the second event is set; the first tells that one is to be written."""
+    reached, go = threading.Event(), threading.Event()
+
+    def wait_and_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        reached.set()
+        assert go.wait(60)
+        save_file(tensors, path)
+
+    patch.setattr("parallel.checkpoint.save_file", wait_and_save)
+    return reached, go
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go = _held_back(monkeypatch)
+    step = make_step(SINGLE, folders, Mesh.single())
+    train(step, range(1))
+    saved = state_of(step)
+    with Saver(tmp_path, step.optimizer, step.mesh, keep=2) as saver:
+        saver.save(1, EXTRAS)
+        assert reached.wait(60)
+        train(step, range(1, 2))
+        assert _differ(step, saved) and complete_checkpoints(tmp_path) == []
+        saver.check()
+        go.set()
+        # Waits for the one before, which is of the step at which it was asked for.
+        saver.save(2, EXTRAS)
+        assert tmp_path / "step-00000001" in complete_checkpoints(tmp_path)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+    later = make_step(SINGLE, folders, Mesh.single())
+    assert restore(tmp_path / "step-00000001", later.optimizer, later.mesh).step == 1
+    assert not _differ(later, saved)
+
+
+def test_a_run_that_fails_still_completes_its_checkpoint(
+    step: DistillationStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go = _held_back(monkeypatch)
+    with pytest.raises(ArithmeticError), Saver(tmp_path, step.optimizer, step.mesh, keep=2) as saver:
+        saver.save(1, EXTRAS)
+        assert reached.wait(60)
+        threading.Timer(0.2, go.set).start()
+        raise ArithmeticError
+    assert read_manifest(tmp_path / "step-00000001").step == 1
+
+
+def test_a_run_that_fails_waits_for_no_other_for_ever(
+    step: DistillationStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go = _held_back(monkeypatch)
+    monkeypatch.setattr("parallel.checkpoint._LAST_S", 0.1)
+    with pytest.raises(ArithmeticError), Saver(tmp_path, step.optimizer, step.mesh, keep=2) as saver:
+        saver.save(1, EXTRAS)
+        assert reached.wait(60)
+        raise ArithmeticError
+    assert complete_checkpoints(tmp_path) == []
+    go.set()
 
 
 def _edit(folder: Path, change: Callable[[dict], dict]) -> None:
@@ -293,7 +373,7 @@ def _one_broken_file(folders: dict[str, str], root: Path) -> list[str]:
     case = replace(SINGLE, pp=2)
     mesh = mesh_of(case)
     step = make_step(case, folders, mesh)
-    folder = save(root, 1, step.optimizer, mesh, extras={}, keep=1)
+    folder = save_now(root, 1, step.optimizer, mesh, extras={}, keep=1)
     file = "stage-001-tp-00.safetensors"
     changes: list[Callable[[dict], dict]] = [
         lambda tensors: dict(list(tensors.items())[1:]),

@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -17,7 +18,7 @@ from parallel.collectives import all_reduce_, gather_objects
 from parallel.mesh import Axis, Mesh, coordinates_of, pipelines_of
 from tests.workers import run_distributed
 
-AXES = ("pp", "dp", "tp", "model", "world")
+AXES = ("pp", "dp", "tp", "model", "world", "background")
 GRADIENTS = ("dp", "tp", "tie", "model")
 # Written out by hand: the sets of ranks along each axis.
 EXPECTED = {
@@ -70,7 +71,7 @@ def _axes_of(shapes: list[tuple[int, int, int]]) -> list[dict]:
     for pp, dp, tp in shapes:
         mesh = Mesh.create(pp=pp, dp=dp, tp=tp)
         seen: dict = {"describe": mesh.describe(), "pipelines": mesh.pipelines, "device": str(mesh.device)}
-        groups: dict[bool, set[str]] = {True: set(), False: set()}
+        groups: defaultdict[str, set[str]] = defaultdict(set)
         for name, axis in _axes(mesh).items():
             total = torch.tensor([2**rank])
             all_reduce_(total, axis)
@@ -78,8 +79,9 @@ def _axes_of(shapes: list[tuple[int, int, int]]) -> list[dict]:
             seen[f"{name} joins"] = (int(total), gather_objects(rank, axis))
             seen[f"{name} ends"] = (axis.is_first, axis.is_last)
             if axis.group is not None:
-                groups[name.startswith("gradients")].add(axis.group.group_name)
-        seen["shared"] = groups[True] & groups[False]
+                user = name.split()[0]
+                groups[user if user in ("gradients", "background") else "compute"].add(axis.group.group_name)
+        seen["shared"] = [one & other for one, other in itertools.combinations(groups.values(), 2)]
         results.append(seen)
     return results
 
@@ -93,10 +95,10 @@ def test_axes_on_four_processes() -> None:
             assert seen["describe"] == f"rank {rank} (pp {place.pp}, dp {place.dp}, tp {place.tp})"
             assert seen["pipelines"] == pipelines_of(pp=shape[0], dp=shape[1], tp=shape[2])
             assert seen["device"] == "cpu"
-            assert not seen["shared"], "gradients and compute may not share a group"
+            assert not any(seen["shared"]), "what different threads use may not share a group"
             for name in (*AXES, *(f"gradients {name}" for name in GRADIENTS)):
                 short = name.removeprefix("gradients ")
-                sets = [(0, 1, 2, 3)] if name == "world" else EXPECTED[shape].get(short, [])
+                sets = [(0, 1, 2, 3)] if name in ("world", "background") else EXPECTED[shape].get(short, [])
                 members = next((each for each in sets if rank in each), (rank,))
                 here = members.index(rank)
                 assert seen[name] == (short, len(members), here, members, len(members) == 1), (shape, rank)

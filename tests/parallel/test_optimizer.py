@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from parallel import buckets
+from parallel.background import Background
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
 from parallel.optimizer import AdamWOptions, LearningRate, NonFiniteGradient, StageOptimizer
-from parallel.pipeline.background import Background
 from parallel.pipeline.stage import TrainStage
 from parallel.weights import gather_tensor, load_weights
 from tests.families import save_tiny, tiny_config, tiny_model
