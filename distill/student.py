@@ -78,6 +78,9 @@ def prune_teacher(
         return 0.0
     prune = config.student.prune
     shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
+    if mesh.world.is_first:
+        text = "" if prune.method == "l1" else f" on {prune.calibration_rows} rows of text"
+        print(f"scoring {config.teacher.model}{text}, to cut the student out of it ...", flush=True)
     try:
         scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
     except ValueError as error:

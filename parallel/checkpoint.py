@@ -119,12 +119,14 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Wait for the checkpoint under way; after an error not for ever, and without an error of its own."""
-        if kind is None:
-            self.wait()
-        else:
-            with suppress(BaseException):
-                self._beside.wait(_LAST_S)
-        self._beside.close()
+        try:
+            if kind is None:
+                self.wait()
+            else:
+                with suppress(BaseException):
+                    self._beside.wait(_LAST_S)
+        finally:
+            self._beside.close()
 
     def _write(self, step: int, tensors: dict[str, Tensor], extras: dict[str, Any]) -> None:
         root, mesh = self._root, self._mesh

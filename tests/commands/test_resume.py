@@ -17,6 +17,7 @@ import pytest
 
 from distill.metrics import RunLog
 from launch import distill
+from parallel.checkpoint import Saver
 from tests.commands.tiny_run import (
     STEPS,
     Done,
@@ -175,6 +176,25 @@ def test_whatever_a_run_was_doing_when_it_ended(
     assert done.code == 0, done.err
     assert_same_run(tmp_path, reference)
     assert (tmp_path / "summary.json").is_file()
+
+
+def test_no_checkpoint_is_ahead_of_the_log(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, save, seen = RunLog._write_step, Saver.save, []
+
+    def write_slowly(*given: Any) -> None:
+        time.sleep(0.2)
+        write(*given)
+
+    def look_and_save(self: Saver, step: int, extras: dict[str, Any]) -> None:
+        seen.append((step, [line["step"] for line in metrics(tmp_path)]))
+        save(self, step, extras)
+
+    monkeypatch.setattr(RunLog, "_write_step", write_slowly)
+    monkeypatch.setattr(Saver, "save", look_and_save)
+    assert call(distill.COMMAND, inputs.settings(tmp_path)).code == 0
+    assert len(seen) > 1 and all(written == list(range(1, step + 1)) for step, written in seen)
 
 
 def test_half_of_a_student_or_a_checkpoint_is_not_taken_for_a_whole(
