@@ -11,6 +11,14 @@ from dataclasses import dataclass
 FAILURE, USER_ERROR = 1, 2
 """Exit codes: something broke; the user asked for something that cannot be."""
 
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""torchrun's variable for the seconds between the signal that it passes on and the end of processes that have not left."""
+
+
+def shutdown_s() -> float:
+    """Return the seconds that a process has after a signal."""
+    return float(os.environ.get(SHUTDOWN, "30"))
+
 
 @dataclass(frozen=True)
 class World:

@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM as requests to stop.
 
 Decides: the first signal asks the run to end after its step, a second one ends the process at once, and when the step
-takes so long that torchrun is about to kill the process (30 s after it passed the signal on), what is buffered is
-saved. A thread reads the signals through Python's wake-up descriptor, because a handler proper does not run while the
-main thread waits inside a collective. Must be installed from the main thread.
+takes so long that torchrun is about to kill the process, what is buffered is saved. A thread reads the signals through
+Python's wake-up descriptor, because a handler proper does not run while the main thread waits inside a collective. Must be
+installed from the main thread.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import time
 from types import FrameType
 
 from distill.stop import Stop
+from launch.environment import shutdown_s
 
-SAVE_AFTER_S = 20.0
+SAVE_AFTER_S = shutdown_s() * 2 / 3
 SAME_SIGNAL_S = 1.0
 """Signals this close together are one: a batch system tells torchrun and its workers, and torchrun tells them again."""
 

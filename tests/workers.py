@@ -2,7 +2,8 @@
 
 Decides: the worker processes live as long as the test session (importing torch and transformers costs seconds on two
 cores), each call makes a fresh process group over a file store, and a call that overruns its time kills the workers,
-so that a deadlock in one test cannot reach the next. Does not capture output: a worker's stderr is the session's.
+so that a deadlock in one test cannot reach the next. They end with the session, killed or not. Does not capture
+output: a worker's stderr is the session's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,10 +22,18 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
-from launch.environment import World
+from launch.environment import SHUTDOWN, World, shutdown_s
 
 
 def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +16,10 @@ def test_a_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     assert World.from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)
+
+
+def test_the_time_to_leave_is_that_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHUTDOWN, raising=False)
+    assert shutdown_s() == LaunchConfig(1, 1, 1).shutdown_timeout
+    monkeypatch.setenv(SHUTDOWN, "7")
+    assert shutdown_s() == LaunchConfig(1, 1, 1).shutdown_timeout == 7
