@@ -120,6 +120,7 @@ def test_sigterm_to_the_launcher(inputs: Inputs, long: Path, tmp_path: Path) -> 
     assert_same_run(tmp_path, long)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(inputs: Inputs, long: Path, tmp_path: Path) -> None:
     arguments = inputs.settings(tmp_path, f"train.steps={MANY}")
     run = start("launch.distill", arguments)
@@ -154,9 +155,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str, *, call_number: int =
     ("place", "call_number"),
     [
         ("distill.prune.save_file", 1),  # the weights of the pruned student
-        ("distill.train.evaluate", 2),  # the student's first judgement
+        pytest.param("distill.train.evaluate", 2, marks=pytest.mark.slow),  # the student's first judgement
         ("parallel.checkpoint.save_file", 2),  # the second checkpoint
-        ("distill.train.write_timeline", 1),  # after the last judgement
+        pytest.param("distill.train.write_timeline", 1, marks=pytest.mark.slow),  # after the last judgement
         ("distill.deploy.export.copy_companions", 1),  # half of the student is written
         ("distill.metrics.RunLog.finish", 1),  # everything but the summary
     ],

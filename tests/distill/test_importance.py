@@ -170,7 +170,13 @@ def _score(shape: dict[str, int], folders: dict[str, str]) -> dict[str, tuple[Sc
 
 
 @pytest.mark.parametrize(
-    "shape", [{"pp": 1, "dp": 1, "tp": 2}, {"pp": 2, "dp": 1, "tp": 2}, {"pp": 2, "dp": 2, "tp": 1}], ids=str
+    "shape",
+    [
+        {"pp": 1, "dp": 1, "tp": 2},
+        {"pp": 2, "dp": 1, "tp": 2},
+        pytest.param({"pp": 2, "dp": 2, "tp": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_scores_do_not_depend_on_the_layout(shape: dict[str, int], tmp_path: Path) -> None:
     folders = {family: str(save_tiny(tmp_path / family, tiny_config(family))) for family in FAMILIES}

@@ -140,11 +140,11 @@ def _trajectories(cases: list[Case], folders: dict[str, str]) -> list[Any]:
 def test_other_schedules_follow_one_process(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
     """Zero-bubble, interleaved and gpipe with virtual stages, the teacher filling: losses, norms and parameters to 1e-9."""
     cases = [
-        Case(*layout, "zero_bubble", "fill", "tied", 8, 2),
+        Case(*layout, "zero_bubble", "fill", "tied", 4, 2),
         Case(*layout, "interleaved", "fill", "deep", 4, 3, virtual_stages=2),
         Case(*layout, "gpipe", "fill", "deep", 2, 1, virtual_stages=2),
-        Case(*layout, "interleaved", "batch", "deep", 8, 1, virtual_stages=2, recompute="full"),
-        Case(*layout, "zero_bubble", "inline", "untied", 4, 1, recompute="selective"),
+        Case(*layout, "interleaved", "batch", "deep", 4, 1, virtual_stages=2, recompute="full"),
+        Case(*layout, "zero_bubble", "inline", "untied", 2, 1, recompute="selective"),
     ]
     references = {case.student: run_reference(case.student, folders) for case in cases}
     tolerance = {"rtol": 1e-9, "atol": 1e-9}

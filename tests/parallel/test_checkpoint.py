@@ -140,6 +140,7 @@ def _check_other_layouts_are_refused(folders: dict[str, str], root: Path) -> Non
         assert not _differ(step, before)
 
 
+@pytest.mark.slow
 def test_four_ranks(folders: dict[str, str], tmp_path: Path) -> None:
     cases = [
         replace(SINGLE, pp=2, dp=2, num_microbatches=2),

@@ -55,7 +55,7 @@ def _run_tp(families: tuple[str, ...], folders: dict[str, str]) -> dict[str, tup
     return results
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_logits_and_all_gradients_match_the_unmodified_model(tp: int, tmp_path: Path) -> None:
     folders = {family: str(save_tiny(tmp_path / family, tiny_config(family))) for family in FAMILIES}
     for rank_results in run_distributed(tp, _run_tp, FAMILIES, folders):
