@@ -17,6 +17,7 @@ import platform
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from distill.runfolder import (
 from parallel.background import Background
 
 CURVE_FILE = "curve.svg"
+_DRAIN_S = 5.0
 _JUDGEMENT = ("step", "round", "model")
 """What tells one line of `evaluations.jsonl` from another."""
 _NAMES = {
@@ -104,7 +106,7 @@ class RunLog:
         self._config, self._writes = config, writes
         self._folder = Path(config.run.dir or ".")
         self._recent_step_s: deque[float] = deque(maxlen=20)
-        self._closing = threading.Lock()
+        self._finishing = threading.Lock()
         self._beside: Background | None = None
         self._metrics: TextIO | None = None
         self._wandb: Any = None
@@ -213,15 +215,14 @@ class RunLog:
 
     def close(self, *, failed: bool = False, summary: Mapping[str, Any] | None = None) -> None:
         """Draw `curve.svg`, close the files and finish the wandb run; what is called later changes nothing."""
-        with self._closing:
-            beside, self._beside = self._beside, None
-            if beside is not None and self._metrics is not None:
-                try:
-                    beside.wait()
-                finally:
-                    beside.close()
-                    self._metrics.close()
-                draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
+        beside, self._beside = self._beside, None
+        if beside is not None and self._metrics is not None:
+            try:
+                beside.wait()
+            finally:
+                beside.close()
+                self._metrics.close()
+            draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
         self.save_buffers(failed=failed, summary=summary)
 
     def save_buffers(self, *, failed: bool = True, summary: Mapping[str, Any] | None = None) -> None:
@@ -229,10 +230,11 @@ class RunLog:
 
         May be called from another thread while a step is stuck, before the process is killed.
         """
-        with self._closing:
-            if self._beside is not None:
-                # What was given before comes first.
-                self._beside.submit(lambda: None).result()
+        beside = self._beside
+        if beside is not None:
+            # What was given before comes first, but a disk that hangs may not keep the process from leaving.
+            wait([beside.submit(lambda: None)], _DRAIN_S)
+        with self._finishing:
             run, self._wandb = self._wandb, None
         if run is not None:
             _finish_wandb(run, self._folder, summary or {}, failed=failed)

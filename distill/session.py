@@ -36,7 +36,6 @@ class Session:
     students: list[StageModel]
     """This rank's stages, in ascending order."""
     student_config: PretrainedConfig
-    optimizer: StageOptimizer
     planner: Planner
     step: DistillationStep
     judging: Sequence[MicroBatch]
@@ -73,7 +72,6 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         teacher=teacher,
         students=students,
         student_config=student_config,
-        optimizer=step.optimizer,
         planner=planner,
         step=step,
         judging=corpus.judging(config, mesh),

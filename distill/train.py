@@ -65,7 +65,9 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     session = open_session(config, mesh)
     state = _resume(config, mesh, session, folder)
     total_steps = config.train.steps
-    saver = checkpoint.Saver(folder / "checkpoints", session.optimizer, mesh, keep=config.checkpoint.keep)
+    saver = checkpoint.Saver(
+        folder / "checkpoints", session.step.optimizer, mesh, keep=config.checkpoint.keep
+    )
     with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log, saver:
         stop.call_before_kill(log.save_buffers)
         _say_start(log, config, session, state)
@@ -73,39 +75,53 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         if state.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
             for who in ("teacher", "student"):
                 _check_finite(config, who, _judge(log, mesh, session, step=state.step, who=who))
-        while state.step < total_steps:
-            try:
-                stats = session.step(state.step)
-            except Exception as error:
-                error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
-                raise
-            state.step += 1
-            state.tokens += stats.num_valid_tokens
-            stopping, peak_bytes = _agree(mesh, stop)
-            log.step(_metrics(state, stats, session.planner, peak_bytes), total_steps=total_steps)
-            planned = session.planner.observe(session.step.last_plan, session.step.last_events)
-            if planned is not None:
-                log.say(planned)
-            if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
-                _judge(log, mesh, session, step=state.step, who="student")
-            done = state.step == total_steps
-            if done or stopping or _is_due(config.checkpoint.every, state.step):
-                # A run that goes on from this checkpoint must find the lines up to it.
-                log.flush()
-                saver.save(state.step, {"tokens": state.tokens, "prune_s": state.prune_s})
-            saver.check()
-            if stopping and not done:
-                saver.wait()
-                log.say(
-                    f"stopped after step {state.step} of {total_steps}; the same command goes on from there"
-                )
-                return log.finish({"finished": False})
+        if not _train(config, mesh, stop, session, state, log, saver):
+            log.say(f"stopped after step {state.step} of {total_steps}; the same command goes on from there")
+            return log.finish({"finished": False})
         _judge(log, mesh, session, step=total_steps, who="student")
         if session.planner.typical is not None:
             write_timeline(folder, mesh, *session.planner.typical, session.planner.costs)
         session.step.close()
         saver.wait()
         return _finish(log, config, mesh, session, state, folder)
+
+
+def _train(
+    config: Config,
+    mesh: Mesh,
+    stop: Stop,
+    session: Session,
+    state: _State,
+    log: RunLog,
+    saver: checkpoint.Saver,
+) -> bool:
+    """Take the steps that are left; return whether all are done, or else saved when a stop was asked for."""
+    total_steps = config.train.steps
+    while state.step < total_steps:
+        try:
+            stats = session.step(state.step)
+        except Exception as error:
+            error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
+            raise
+        state.step += 1
+        state.tokens += stats.num_valid_tokens
+        stopping, peak_bytes = _agree(mesh, stop)
+        log.step(_metrics(state, stats, session.planner, peak_bytes), total_steps=total_steps)
+        planned = session.planner.observe(session.step.last_plan, session.step.last_events)
+        if planned is not None:
+            log.say(planned)
+        if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
+            _judge(log, mesh, session, step=state.step, who="student")
+        done = state.step == total_steps
+        if done or stopping or _is_due(config.checkpoint.every, state.step):
+            # A run that goes on from this checkpoint must find the lines up to it.
+            log.flush()
+            saver.save(state.step, {"tokens": state.tokens, "prune_s": state.prune_s})
+        saver.check()
+        if stopping and not done:
+            saver.wait()
+            return False
+    return True
 
 
 def _is_due(every: int, step: int) -> bool:
@@ -125,7 +141,7 @@ def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _Stat
     if found is None:
         return _State(prune_s=session.prune_s)
     try:
-        manifest = checkpoint.restore(found, session.optimizer, mesh)
+        manifest = checkpoint.restore(found, session.step.optimizer, mesh)
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     checkpoint.drop_after(root, manifest.step, mesh)

@@ -25,6 +25,7 @@ from launch.environment import World
 from launch.forecast import Job, Layout, seconds
 from launch.plan_options import Options, given_costs
 from launch.ranks import choose_device
+from parallel.gradients import main_dtype
 from parallel.pipeline.partition import Layers
 from parallel.pipeline.simulate import Costs
 from parallel.plan import UnsupportedModel
@@ -162,9 +163,9 @@ def _job(
 
 def _state_bytes(case: Config, split: Split, teacher: PretrainedConfig, student: PretrainedConfig) -> int:
     """Return what the fullest rank holds between two steps: weights, and for the student gradients, moments and masters."""
-    itemsize = DTYPES[case.train.dtype].itemsize
-    main_itemsize = max(4, itemsize)
-    trained = itemsize + 3 * main_itemsize + (main_itemsize if itemsize < 4 else 0)
+    dtype = DTYPES[case.train.dtype]
+    itemsize, main_itemsize = dtype.itemsize, main_dtype(dtype).itemsize
+    trained = itemsize + 3 * main_itemsize + (main_itemsize if main_dtype(dtype) != dtype else 0)
     ranks = [0.0] * case.mesh.pp
     for config, stages, num_bytes in ((student, split.student, trained), (teacher, split.teacher, itemsize)):
         parameters, _, head = count_layers(config, seq_len=case.data.seq_len)

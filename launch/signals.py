@@ -20,6 +20,7 @@ from distill.stop import Stop
 from launch.environment import shutdown_s
 
 SAVE_AFTER_S = shutdown_s() * 2 / 3
+"""When what is buffered is saved, after a signal: before torchrun ends the process."""
 SAME_SIGNAL_S = 1.0
 """Signals this close together are one: a batch system tells torchrun and its workers, and torchrun tells them again."""
 

@@ -4,7 +4,8 @@ Decides: the ranks say why they end, so torchrun's own log and traceback are lef
 first rank that failed (torchrun's is always 1); after a signal it is 128 + the signal, as in a shell. A rank that a
 signal ended could say nothing, so that is told here. Each process gets one thread unless OMP_NUM_THREADS says
 otherwise, as under torchrun. After a signal they have two minutes for the step under way and its checkpoint, unless
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT or --shutdown-timeout says otherwise (torchrun: 30 s). Starts and ends the processes exactly as `torchrun` does, which works for every command too.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT or --shutdown-timeout says otherwise (torchrun: 30 s). Apart from that they are
+started and ended as by `torchrun`, which works for every command too.
 """
 
 from __future__ import annotations

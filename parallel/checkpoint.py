@@ -5,8 +5,9 @@
       stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
-folder. A step waits only for the copy of its state. Data-parallel replicas are equal, so only dp rank 0 writes. The teacher is not in it. Only JSON and safetensors
-are read. Restores into the same pp, tp and stages a rank; the data-parallel size is free.
+folder. A step waits only for the copy of its state. Data-parallel replicas are equal, so only dp rank 0 writes. The
+teacher is not in it. Only JSON and safetensors are read. Restores into the same pp, tp and stages a rank; the
+data-parallel size is free.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import atexit
 import multiprocessing
 import os
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,19 +20,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+from launch.benchmarks._crew import end_with_parent
 
 
 def _serve(pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     while True:
         try:

@@ -134,17 +134,22 @@ def _end(process: BaseProcess, pipe: Connection) -> None:
         process.join()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this spawned process end as soon as the one that spawned it has ended, however that was."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _serve(begin: Begin, pipe: Connection, store: str, rank: int, size: int) -> None:
     # An interrupt reaches the whole terminal; the parent answers it for all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     run: Callable[[Any], Any] | None = None
     try:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from distill.config import Config
+from distill.config import (
+    Config,
+    Data,
+    Loss,
+    MeshShape,
+    Optimizer,
+    Pipeline,
+    Student,
+    Teacher,
+    Train,
+)
 from distill.data import IGNORE, MicroBatch
 from distill.loading import find_models, load_student, load_teacher
 from distill.planning import Planner
@@ -24,6 +34,8 @@ from parallel.mesh import Mesh
 _KEPT_CHANNELS, _MULTIPLE = 0.6, 32
 _LOSS_TOLERANCE = 1e-3
 _CACHE = Path("cache")
+BETAS, CLIP = (0.9, 0.95), 1.0
+"""AdamW's decay rates and the largest gradient norm, of all sides."""
 
 
 def model_folders(teacher: str, student: str, folder: Path) -> tuple[str, str]:
@@ -72,6 +84,30 @@ def microbatches(input_ids_RS: Tensor, microbatch_size: int) -> list[MicroBatch]
     positions_RS = torch.arange(input_ids_RS.shape[1]).expand_as(input_ids_RS)
     pieces = (part.split(microbatch_size) for part in (input_ids_RS, positions_RS, labels_RS))
     return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+
+
+def soft_config(
+    teacher: str,
+    student: str,
+    *,
+    temperature: float,
+    seq_len: int,
+    train: Train,
+    lr: float,
+    pipeline: Pipeline,
+    pp: int = 1,
+) -> Config:
+    """Return the settings of a training on the soft loss alone, at a constant learning rate and clipped to norm 1."""
+    return Config(
+        teacher=Teacher(model=teacher),
+        student=Student(model=student),
+        loss=Loss(temperature=temperature, alpha=0.0),
+        mesh=MeshShape(pp=pp, dp=1, tp=1),
+        pipeline=pipeline,
+        data=Data(seq_len=seq_len),
+        train=train,
+        optimizer=Optimizer(lr=lr, betas=BETAS, clip=CLIP, schedule="constant"),
+    )
 
 
 def load_step(

@@ -20,19 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from distill.config import (
-    Config,
-    Data,
-    Loss,
-    MeshShape,
-    Optimizer,
-    Pipeline,
-    Student,
-    Teacher,
-    Train,
-)
+from distill.config import Config, Pipeline, Train
 from distill.planning import costs_of, make_step_plan, medians
-from launch.benchmarks._inputs import load_step, microbatches
+from launch.benchmarks._inputs import BETAS, CLIP, load_step, microbatches, soft_config
 from launch.benchmarks._torch_pipelining import TorchPipeline
 from parallel.collectives import all_reduce_, barrier, gather_objects
 from parallel.mesh import Mesh
@@ -41,7 +31,7 @@ from parallel.pipeline.simulate import Event, steady_state
 
 OURS = ("fill", "inline", "batch")
 PEER = "torch_1f1b"
-_CLIP, _LR, _BETAS = 1.0, 1e-4, (0.9, 0.95)
+_LR = 1e-4
 MEASURED_STEPS = 3
 
 
@@ -72,20 +62,20 @@ class Job:
 
     def config(self) -> Config:
         """Return the settings of such a training, which never comes to its end here."""
-        return Config(
-            teacher=Teacher(model=self.teacher),
-            student=Student(model=self.student),
-            loss=Loss(temperature=self.temperature, alpha=0.0),
-            mesh=MeshShape(pp=self.pp, dp=1, tp=1),
-            pipeline=Pipeline(teacher=self.side, measure_steps=MEASURED_STEPS, replan_every=0),
-            data=Data(seq_len=self.seq_len),
+        return soft_config(
+            self.teacher,
+            self.student,
+            temperature=self.temperature,
+            seq_len=self.seq_len,
             train=Train(
                 global_batch_size=self.microbatches * self.rows,
                 microbatch_size=self.rows,
                 steps=10**6,
                 dtype="float32",
             ),
-            optimizer=Optimizer(lr=_LR, betas=_BETAS, clip=_CLIP, schedule="constant"),
+            lr=_LR,
+            pipeline=Pipeline(teacher=self.side, measure_steps=MEASURED_STEPS, replan_every=0),
+            pp=self.pp,
         )
 
     def input_ids(self, step: int) -> Tensor:
@@ -227,7 +217,7 @@ class _Torch:
             loss=_loss(job.temperature, num_valid),
         )
         self._optimizer = torch.optim.AdamW(
-            self._student.parameters(), lr=_LR, betas=_BETAS, weight_decay=0.0, fused=True
+            self._student.parameters(), lr=_LR, betas=BETAS, weight_decay=0.0, fused=True
         )
 
     def step(self) -> float:
@@ -271,4 +261,4 @@ def _clip(student: _Part, mesh: Mesh) -> None:
     ]
     squares = torch.nn.utils.get_total_norm(counted).square()
     all_reduce_(squares, mesh.pp)
-    torch.nn.utils.clip_grads_with_norm_(student.parameters(), _CLIP, squares.sqrt())
+    torch.nn.utils.clip_grads_with_norm_(student.parameters(), CLIP, squares.sqrt())

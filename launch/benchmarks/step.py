@@ -42,20 +42,9 @@ from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 from transformers import AutoConfig
 
-from distill.config import (
-    Config,
-    ConfigError,
-    Data,
-    Loss,
-    MeshShape,
-    Optimizer,
-    Pipeline,
-    Student,
-    Teacher,
-    Train,
-)
+from distill.config import Config, ConfigError, Pipeline, Train
 from distill.loading import DTYPES
-from launch.benchmarks._inputs import check_losses, load_step, microbatches, model_folders
+from launch.benchmarks._inputs import check_losses, load_step, microbatches, model_folders, soft_config
 from launch.benchmarks.loss import forget_peak, status_bytes
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
@@ -159,13 +148,11 @@ def _serve(job: _Job, pipe: Connection) -> None:
 
 
 def _config(job: _Job) -> Config:
-    return Config(
-        teacher=Teacher(model=job.teacher),
-        student=Student(model=job.student),
-        loss=Loss(temperature=job.temperature, alpha=0.0),
-        mesh=MeshShape(pp=1, dp=1, tp=1),
-        pipeline=Pipeline(teacher="inline"),
-        data=Data(seq_len=job.seq_len),
+    return soft_config(
+        job.teacher,
+        job.student,
+        temperature=job.temperature,
+        seq_len=job.seq_len,
         train=Train(
             global_batch_size=job.rows,
             microbatch_size=job.microbatch,
@@ -173,7 +160,8 @@ def _config(job: _Job) -> Config:
             dtype=job.dtype,
             recompute=job.recompute,
         ),
-        optimizer=Optimizer(lr=job.lr, schedule="constant"),
+        lr=job.lr,
+        pipeline=Pipeline(teacher="inline"),
     )
 
 

@@ -28,6 +28,7 @@ from tests.equivalence.trajectory import (
     SEQ_LEN,
     Case,
     batch_of,
+    layout_name,
     make_step,
     mesh_of,
     plan_of,
@@ -46,10 +47,6 @@ WAYS = ("fill", "inline", "batch")
 DTYPES = (torch.float64, torch.float32)
 STAGES = {1: ("1f1b", "tied"), 2: ("interleaved", "deep")}
 """Virtual stages -> a schedule and a student with layers for them."""
-
-
-def _name(layout: tuple[int, int, int]) -> str:
-    return "pp{}-dp{}-tp{}".format(*layout)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +103,7 @@ def _check(
         assert not different
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=_name)
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=layout_name)
 def test_the_same_bits(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
     dtypes, num_steps = (DTYPES, 4) if layout == (2, 1, 1) else (DTYPES[:1], 3)
     _check(layout, (3,), folders, dtypes, num_steps)
@@ -115,7 +112,7 @@ def test_the_same_bits(layout: tuple[int, int, int], folders: dict[str, str]) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("num_microbatches", [1, 2, 5, 16])
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=_name)
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1)], ids=layout_name)
 def test_the_same_bits_from_one_to_sixteen_microbatches(
     layout: tuple[int, int, int], num_microbatches: int, folders: dict[str, str]
 ) -> None:
@@ -126,7 +123,7 @@ def test_the_same_bits_from_one_to_sixteen_microbatches(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("layout", [(4, 2, 1), (4, 1, 2), (2, 2, 2)], ids=_name)
+@pytest.mark.parametrize("layout", [(4, 2, 1), (4, 1, 2), (2, 2, 2)], ids=layout_name)
 def test_the_same_bits_on_eight_ranks(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
     _check(layout, (1, 5), folders, DTYPES[:1], num_steps=4)
 
@@ -136,7 +133,9 @@ def _trajectories(cases: list[Case], folders: dict[str, str]) -> list[Any]:
     return [run_case(case, folders, mesh) for case in cases]
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.slow)], ids=_name)
+@pytest.mark.parametrize(
+    "layout", [(2, 1, 1), pytest.param((4, 1, 1), marks=pytest.mark.slow)], ids=layout_name
+)
 def test_other_schedules_follow_one_process(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
     """Zero-bubble, interleaved and gpipe with virtual stages, the teacher filling: losses, norms and parameters to 1e-9."""
     cases = [

@@ -16,6 +16,7 @@ from tests.equivalence.trajectory import (
     ROWS,
     Case,
     Trajectory,
+    layout_name,
     run_case,
     run_cases,
     run_reference,
@@ -75,7 +76,7 @@ def _run(cases: list[Case], folders: dict[str, str], references: dict[str, Traje
 @pytest.mark.parametrize(
     "layout",
     [each for each in LAYOUTS if each != (1, 1, 4)],
-    ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout),
+    ids=layout_name,
 )
 def test_every_layout(
     layout: tuple[int, int, int], folders: dict[str, str], references: dict[str, Trajectory]
@@ -92,7 +93,7 @@ def test_every_layout(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 def test_every_layout_in_every_way(
     layout: tuple[int, int, int], folders: dict[str, str], references: dict[str, Trajectory]
 ) -> None:

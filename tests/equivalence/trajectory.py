@@ -257,3 +257,8 @@ def save_now(
     with Saver(root, optimizer, mesh, keep=keep) as saver:
         saver.save(step, extras)
     return root / f"step-{step:08d}"
+
+
+def layout_name(layout: tuple[int, int, int]) -> str:
+    """Return the name of a layout (pp, dp, tp) in a test's id."""
+    return "pp{}-dp{}-tp{}".format(*layout)
