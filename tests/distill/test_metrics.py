@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ def test_a_failure_closes_the_log(tmp_path: Path) -> None:
         _ = 1 / 0
     log.step(numbers(2), total_steps=2)
     assert len(lines(tmp_path / "metrics.jsonl")) == 1 and (tmp_path / "curve.svg").is_file()
+
+
+def test_saving_buffers_waits_for_what_was_given_but_not_for_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, written = threading.Event(), []
+    monkeypatch.setattr("distill.metrics._DRAIN_S", 0.5)
+    with RunLog(config_in(tmp_path), writes=True) as log:
+        # Longer than taking the buffers away takes.
+        monkeypatch.setattr(log, "_write_step", lambda *_: written.append(disk.wait(0.1)))
+        log.step(numbers(1), total_steps=2)
+        log.save_buffers()
+        assert written == [False]
+        monkeypatch.setattr(log, "_write_step", lambda *_: written.append(disk.wait(60)))
+        log.step(numbers(2), total_steps=2)
+        log.save_buffers()
+        assert written == [False]
+        disk.set()
+    assert written == [False, True]
 
 
 @pytest.mark.parametrize(
