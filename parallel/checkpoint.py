@@ -1,13 +1,13 @@
 """Checkpoints of a training run: written beside the steps, complete or absent.
 
     checkpoints/step-00000120/
-      manifest.json                 step, layout, fingerprint of the model, size of each file, the caller's extras
+      manifest.json                 step, layout, size of each file, the caller's extras
       stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
-folder. A step waits only for the copy of its state. Data-parallel replicas are equal, so only dp rank 0 writes. The
-teacher is not in it. Only JSON and safetensors are read. Restores into the same pp, tp and stages a rank; the
-data-parallel size is free.
+folder. A step waits only for the copy of its state. Data-parallel replicas and both ends of a tie are equal, so only one
+writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from any other
+(`parallel.checkpoint_files`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel.background import Background
+from parallel.checkpoint_files import CheckpointError, CheckpointFiles, write_shards
 from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.layers import ShardSpec
 from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
@@ -35,11 +35,7 @@ from parallel.weights import Entry
 MANIFEST = "manifest.json"
 _LAST_S = 60.0
 """How long a run that failed waits for its checkpoint under way."""
-_OTHER = "it belongs to another student, or its layers were split over the stages in another way"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file and the reason."""
+_OTHER = "it belongs to another student"
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,10 @@ class Manifest:
 
     step: int
     """Optimizer steps done."""
+    updates: int
+    """Of them, those that the moments have seen."""
     layout: dict[str, int]
-    """The settings that decide what lies in which file, by key."""
+    """Sizes of the mesh that wrote it, by key."""
     files: dict[str, int]
     """File name -> bytes."""
     extras: dict[str, Any]
@@ -59,9 +57,9 @@ def _file_name(mesh: Mesh) -> str:
     return f"stage-{mesh.pp.rank:03d}-tp-{mesh.tp.rank:02d}.safetensors"
 
 
-def _tensor_name(kind: str, entry: Entry) -> str:
-    """Name a parameter's master or moment; both ends of a tie have their own."""
-    return f"{kind}/{entry.name}{'@tied' if entry.is_tied_copy else ''}"
+def tensor_name(kind: str, entry: Entry) -> str:
+    """Return the name of a parameter's master (`weight`) or moment (`exp_avg`, `exp_avg_sq`)."""
+    return f"{kind}/{entry.name}"
 
 
 def _layout(mesh: Mesh, optimizer: StageOptimizer) -> dict[str, int]:
@@ -98,13 +96,16 @@ class Saver:
         """
         self.wait()
         tensors: dict[str, Tensor] = {}
-        if self._mesh.dp.is_first:
-            tensors = {
-                _tensor_name(name, entry): view.detach().to("cpu", copy=True)
-                for entry, views in self._optimizer.state()
-                for name, view in views.items()
-            }
-        self._beside.give(partial(self._write, step, tensors, extras))
+        shards: dict[str, ShardSpec] = {}
+        for entry, views in self._optimizer.state() if self._mesh.dp.is_first else ():
+            if entry.is_tied_copy:
+                continue
+            for kind, view in views.items():
+                name = tensor_name(kind, entry)
+                tensors[name] = view.detach().to("cpu", copy=True)
+                if entry.shard is not None:
+                    shards[name] = entry.shard
+        self._beside.give(partial(self._write, step, self._optimizer.num_updates, tensors, shards, extras))
 
     def check(self) -> None:
         """Raise what writing has raised so far."""
@@ -129,7 +130,14 @@ class Saver:
         finally:
             self._beside.close()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], extras: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        updates: int,
+        tensors: dict[str, Tensor],
+        shards: dict[str, ShardSpec],
+        extras: dict[str, Any],
+    ) -> None:
         root, mesh = self._root, self._mesh
         final = root / f"step-{step:08d}"
         temporary = root / f"{final.name}.partial"
@@ -140,15 +148,15 @@ class Saver:
         written: dict[str, int] = {}
         if mesh.dp.is_first:
             path = temporary / _file_name(mesh)
-            save_file(tensors, path)
+            write_shards(tensors, shards, path)
             _sync(path)
             written[path.name] = path.stat().st_size
         reports = gather_objects(written, mesh.background)
         if mesh.world.is_first:
             files = {name: size for report in reports for name, size in report.items()}
             layout = _layout(mesh, self._optimizer)
-            manifest = {"step": step, "layout": layout, "files": files, "extras": extras}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+            manifest = Manifest(step, updates, layout, files, extras)
+            (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
             _sync(temporary / MANIFEST)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -187,9 +195,11 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    fields = (manifest.step, manifest.layout, manifest.files, manifest.extras)
-    if not all(map(isinstance, fields, (int, dict, dict, dict))):
-        raise CheckpointError(f"{path} cannot be read: step, layout, files or extras has a wrong type")
+    counts, groups = (manifest.step, manifest.updates), (manifest.layout, manifest.files, manifest.extras)
+    if not all(type(count) is int for count in counts) or not all(isinstance(each, dict) for each in groups):
+        raise CheckpointError(
+            f"{path} cannot be read: step, updates, layout, files or extras has a wrong type"
+        )
     for name, size in manifest.files.items():
         file = folder / Path(name).name
         found = file.stat().st_size if file.is_file() else 0
@@ -216,55 +226,52 @@ def latest(root: Path, mesh: Mesh) -> Path | None:
     return broadcast_object(found[-1] if found else None, mesh.world)
 
 
+def open_files(folder: Path, manifest: Manifest) -> CheckpointFiles:
+    """Open the tensors of a checkpoint. Raises: CheckpointError, a file that cannot be read."""
+    return CheckpointFiles(folder / Path(name).name for name in sorted(manifest.files))
+
+
 def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
     """Load this rank's masters and moments, bit for bit, and refresh the parameters.
 
     Raises:
-        CheckpointError: another layout, a broken file, a tensor that is missing, left over or of another shape; a
-            rank whose own file is sound raises another rank's.
-    Collectives: a gather of errors over the world.
+        CheckpointError: a broken file, a tensor that is missing, left over or of another shape; a rank whose own part is
+            sound raises another rank's.
+    Collectives: gathers of names and of errors over the world.
     """
     manifest, found = None, None
+    names: set[str] = set()
+    left: frozenset[str] = frozenset()
     try:
-        manifest = _load(folder, optimizer, mesh)
+        manifest = read_manifest(folder)
+        with open_files(folder, manifest) as files:
+            left = files.names
+            names = _load(files, optimizer)
     except CheckpointError as error:
-        found = error
-    errors = [error for error in gather_objects(found, mesh.world) if error is not None]
+        found = CheckpointError(f"{folder}: {error}")
+    reports = gather_objects((names, found), mesh.world)
+    errors = [error for _, error in reports if error is not None]
     if errors:
         raise found or errors[0]
+    if left := left.difference(*(names for names, _ in reports)):
+        raise CheckpointError(
+            f"{folder} holds tensors that the student does not have: {', '.join(sorted(left)[:4])}; {_OTHER}"
+        )
+    optimizer.set_updates(manifest.updates)
     return manifest
 
 
 @torch.no_grad()
-def _load(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
-    manifest = read_manifest(folder)
-    layout = _layout(mesh, optimizer)
-    if manifest.layout != layout:
-        wanted, here = (
-            ", ".join(f"{key}={value}" for key, value in each.items()) for each in (manifest.layout, layout)
-        )
-        raise CheckpointError(f"{folder} was written with {wanted}; this run has {here}; use the same layout")
-    path = folder / _file_name(mesh)
-    try:
-        with safe_open(path, framework="pt") as file:
-            left = set(file.keys())
-            for entry, views in optimizer.state():
-                for name, view in views.items():
-                    key = _tensor_name(name, entry)
-                    if key not in left:
-                        raise CheckpointError(f"{path} has no tensor {key!r}; {_OTHER}")
-                    tensor = file.get_tensor(key)
-                    if tensor.shape != view.shape:
-                        raise CheckpointError(
-                            f"{path}: {key!r} is {list(tensor.shape)}, here {list(view.shape)}"
-                        )
-                    view.copy_(tensor)
-                    left.discard(key)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if left:
-        raise CheckpointError(
-            f"{path} holds tensors that this rank does not have: {', '.join(sorted(left)[:4])}; {_OTHER}"
-        )
-    optimizer.set_step(manifest.step)
-    return manifest
+def _load(files: CheckpointFiles, optimizer: StageOptimizer) -> set[str]:
+    """Fill the optimizer's state; return the names that were read."""
+    names = set()
+    for entry, views in optimizer.state():
+        for kind, view in views.items():
+            name = tensor_name(kind, entry)
+            if name not in files.names:
+                raise CheckpointError(f"there is no tensor {name!r}; {_OTHER}")
+            if files.shape(name) != entry.full_shape:
+                raise CheckpointError(f"{name!r} is {list(files.shape(name))}, here {list(entry.full_shape)}")
+            view.copy_(files.read(name, entry.shard))
+            names.add(name)
+    return names

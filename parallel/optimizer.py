@@ -251,10 +251,15 @@ class StageOptimizer:
             (slot.entry, {name: slot.view(flat) for name, flat in buffers.items()}) for slot in self.slots
         ]
 
-    def set_step(self, step: int) -> None:
-        """Tell AdamW how many updates the restored moments have seen (bias correction); refresh the parameters."""
+    @property
+    def num_updates(self) -> int:
+        """Updates that the moments have seen, for AdamW's bias correction."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    def set_updates(self, count: int) -> None:
+        """Tell AdamW how many updates the restored moments have seen; refresh the parameters."""
         for state in self._adam.state.values():
-            state["step"].fill_(step)
+            state["step"].fill_(count)
         self.gather()
 
 

@@ -14,13 +14,13 @@ SAVING_S = 3.0
 if __name__ == "__main__":
     from parallel import checkpoint
 
-    save_file = checkpoint.save_file
+    write_shards = checkpoint.write_shards
 
     def slowly(*given: Any) -> None:
         """Write half of the time before the file is there."""
         print("saving", flush=True)
         time.sleep(SAVING_S)
-        save_file(*given)
+        write_shards(*given)
 
-    checkpoint.save_file = slowly
+    checkpoint.write_shards = slowly
     sys.exit(run_command(COMMAND))

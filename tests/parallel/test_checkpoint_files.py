@@ -1,0 +1,88 @@
+"""Slices come back from whatever pieces were written, and what is missing or contradicts itself is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from parallel.checkpoint_files import CheckpointError, CheckpointFiles, write_shards
+from parallel.layers import ShardSpec
+
+WHOLE = torch.arange(60.0).view(12, 5)
+
+
+def _write(folder: Path, dim: int, pieces: list[tuple[int, int]], **extra: torch.Tensor) -> list[Path]:
+    paths = []
+    for number, (start, stop) in enumerate(pieces):
+        paths.append(folder / f"{number}.safetensors")
+        tensors = {"w": WHOLE.narrow(dim, start, stop - start).contiguous(), **extra}
+        write_shards(tensors, {"w": ShardSpec(dim, start, stop, WHOLE.shape[dim])}, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("dim", "pieces"),
+    [
+        (0, [(0, 12)]),
+        (0, [(5, 12), (0, 5)]),
+        (1, [(0, 2), (2, 3), (3, 5)]),
+        (0, [(0, 4), (0, 4), (4, 8), (4, 8), (8, 12)]),
+        (0, [(0, 7), (3, 12)]),
+    ],
+    ids=["one", "any order", "three", "heads held twice", "overlapping"],
+)
+def test_every_slice_of_every_cut(tmp_path: Path, dim: int, pieces: list[tuple[int, int]]) -> None:
+    with CheckpointFiles(_write(tmp_path, dim, pieces, norm=torch.ones(3))) as files:
+        assert files.names == {"w", "norm"}
+        assert files.shape("w") == (12, 5) and files.shape("norm") == (3,)
+        assert torch.equal(files.read("w"), WHOLE) and torch.equal(files.read("norm"), torch.ones(3))
+        full = WHOLE.shape[dim]
+        for start in range(full):
+            for stop in range(start + 1, full + 1):
+                wanted = WHOLE.narrow(dim, start, stop - start)
+                assert torch.equal(files.read("w", ShardSpec(dim, start, stop, full)), wanted)
+
+
+def test_a_whole_tensor_is_cut_along_any_dim(tmp_path: Path) -> None:
+    save_file({"w": WHOLE}, tmp_path / "w.safetensors")
+    with CheckpointFiles([tmp_path / "w.safetensors"]) as files:
+        assert torch.equal(files.read("w", ShardSpec(0, 2, 7, 12)), WHOLE[2:7])
+        assert torch.equal(files.read("w", ShardSpec(1, 1, 2, 5)), WHOLE[:, 1:2])
+
+
+def test_what_is_not_there_or_contradicts_itself_is_named(tmp_path: Path) -> None:
+    with CheckpointFiles(_write(tmp_path, 0, [(0, 5), (6, 12)])) as files:
+        with pytest.raises(CheckpointError, match="no file holds 'w' from 5 to 12 of dim 0"):
+            files.read("w")
+        assert torch.equal(files.read("w", ShardSpec(0, 7, 9, 12)), WHOLE[7:9])
+        with pytest.raises(CheckpointError, match="has the tensor 'v'"):
+            files.read("v")
+        with pytest.raises(CheckpointError, match="is cut along dim 0, not 1"):
+            files.read("w", ShardSpec(1, 0, 2, 5))
+        with pytest.raises(CheckpointError, match="needed up to 13 of dim 0"):
+            files.read("w", ShardSpec(0, 0, 13, 13))
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_shards({"w": WHOLE[:5].contiguous()}, {"w": ShardSpec(0, 0, 6, 12)}, path)
+    with (
+        CheckpointFiles([path]) as files,
+        pytest.raises(CheckpointError, match=r"a.safetensors: 'w' is \[5, 5\]"),
+    ):
+        files.read("w")
+    save_file({"w": WHOLE}, path)
+    save_file({"w": WHOLE[:6].contiguous()}, other)
+    with (
+        CheckpointFiles([path, other]) as files,
+        pytest.raises(CheckpointError, match="disagree on the shape of 'w'"),
+    ):
+        files.read("w")
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"w": 3}', '{"w": [0, 1]}', '{"w": ["a", 0, 1, 2]}'])
+def test_broken_headers_are_named(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": WHOLE}, path, metadata={"shards": header})
+    with pytest.raises(CheckpointError, match="w.safetensors cannot be read"):
+        CheckpointFiles([path])
