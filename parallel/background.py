@@ -3,7 +3,7 @@
 Decides: work is done in the order in which it was given. Its result, or its error, is for whoever asks the future; of work
 that nobody asks about, the error is raised when more is given, at `check` or at `wait`. The threads are daemons: a rank
 that fails must be able to leave although a thread still waits for the others (the standard library's pools are joined at
-exit).
+exit without a limit).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 T = TypeVar("T")
 _LEAST_PRIORITY = 19
 """POSIX niceness."""
+_CLOSE_S = 5.0
+"""How long closing waits: longer than any sound work takes, shorter than a user's patience with a stuck one."""
 
 
 class Background:
@@ -37,7 +39,8 @@ class Background:
         self._unasked: deque[Future[None]] = deque()
         # The number of threads decides the order of sums, and a new thread would take torch's default.
         arguments = (self._jobs, torch.get_num_threads(), yields)
-        threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on the thread, after what was given to it before."""
@@ -61,11 +64,15 @@ class Background:
         self.check()
 
     def close(self) -> None:
-        """Let the thread end; more work may not be given."""
+        """Let the thread end after the work it has, and see it end if that is soon; more work may not be given.
+
+        A thread that still lets go of torch's objects while the interpreter goes down aborts the process.
+        """
         self._jobs.put(None)
+        self._thread.join(_CLOSE_S)
 
     def __del__(self) -> None:
-        self.close()
+        self._jobs.put(None)
 
 
 def _work(jobs: queue.SimpleQueue[Any], num_threads: int, yields: bool) -> None:

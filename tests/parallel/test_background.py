@@ -85,10 +85,19 @@ def test_the_thread_computes_with_as_many_threads_as_its_maker() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_closed_one_ends_after_its_work() -> None:
+def test_a_closed_one_has_done_its_work_and_ended() -> None:
     beside = Background("ends")
-    done = beside.submit(lambda: threading.current_thread())
+    go = threading.Event()
+    done = beside.submit(lambda: (go.wait(60), threading.current_thread())[1])
+    threading.Timer(0.2, go.set).start()
     beside.close()
-    thread = done.result(60)
-    thread.join(60)
-    assert not thread.is_alive()
+    assert done.done() and not done.result().is_alive()
+
+
+def test_closing_waits_for_no_thread_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.background._CLOSE_S", 0.1)
+    beside, go = Background("stuck"), threading.Event()
+    done = beside.submit(lambda: go.wait(60))
+    beside.close()
+    assert not done.done()
+    go.set()
