@@ -251,6 +251,24 @@ class Kept:
         ordered = [{layer: by_layer[layer] for layer in layers} for by_layer in (ffn, groups)]
         return Kept(hidden, *ordered, layers), metadata
 
+    def of_student(self, inner: Kept) -> Kept:
+        """Return the cut of the teacher that cuts `inner` out of the student which keeps these units.
+
+        Args:
+            inner: indices of that student's own units and layers.
+        """
+        layers = tuple(self.layers[layer] for layer in inner.layers)
+
+        def inside(own: dict[int, Tensor], further: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {self.layers[layer]: own[self.layers[layer]][further[layer]] for layer in inner.layers}
+
+        return Kept(
+            hidden=self.hidden[inner.hidden],
+            ffn=inside(self.ffn, inner.ffn),
+            groups=inside(self.groups, inner.groups),
+            layers=layers,
+        )
+
     @staticmethod
     def everything(sizes: Sizes) -> Kept:
         """Return the cut that removes nothing."""
@@ -280,8 +298,8 @@ def _kept_of(unit: Unit, layer: int | None, sizes: Sizes, kept: Kept) -> Tensor:
     return _spread(kept.groups[layer], heads * sizes.head_width)
 
 
-def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
-    """Return the entries of one dim that stay, int64 ascending, or None when all of them do.
+def kept_entries(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor:
+    """Return the entries of one dim that stay, int64 ascending.
 
     Args:
         layout: of a parameter in a layer that is kept, or outside the layers.
@@ -292,8 +310,13 @@ def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor |
     for unit in layout.dims[dim]:
         pieces.append(_kept_of(unit, layout.layer, sizes, kept) + offset)
         offset += sizes.width(unit)
-    indices = torch.cat(pieces)
-    return None if len(indices) == offset else indices
+    return torch.cat(pieces)
+
+
+def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
+    """Return `kept_entries`, or None when all entries of the dim stay."""
+    indices = kept_entries(layout, dim, sizes, kept)
+    return None if len(indices) == sum(map(sizes.width, layout.dims[dim])) else indices
 
 
 def cut(tensor: Tensor, layout: Layout, sizes: Sizes, kept: Kept) -> Tensor:
@@ -326,3 +349,11 @@ def student_name(name: str, kept: Kept) -> str | None:
     if layer not in kept.layers:
         return None
     return f"{inside['before']}{kept.layers.index(layer)}.{inside['module']}.{inside['leaf']}"
+
+
+def teacher_name(name: str, kept: Kept) -> str:
+    """Return a student's parameter name as the teacher has it; the inverse of `student_name`."""
+    inside = _IN_LAYER.match(name)
+    if not inside:
+        return name
+    return f"{inside['before']}{kept.layers[int(inside['layer'])]}.{inside['module']}.{inside['leaf']}"

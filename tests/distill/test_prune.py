@@ -264,7 +264,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(prune_module, "save_file", full_disk)
+    monkeypatch.setattr(prune_module, "write_tensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         prune_checkpoint(source, tmp_path / "student", config, _kept(config, "ffn"), provenance={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "teacher"]
