@@ -37,9 +37,10 @@ from torch import Tensor
 from distill.atomic import build_once
 from distill.config import ConfigError
 from distill.cut_files import stored_parameters, write_tensors
+from distill.kept import Kept
 from distill.scores import Scores
 from distill.shape import Shape, student_config
-from distill.structure import Kept, Layout, Sizes, Unit, cut, layout_of, student_name
+from distill.structure import Layout, Sizes, Unit, cut, layout_of, student_name
 from parallel.model import build_meta_model
 
 if TYPE_CHECKING:

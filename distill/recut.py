@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from distill.cut_files import Stored, stored_parameters
+from distill.kept import Kept
 from distill.prune import Rescale, refuse_existing, rescale_of, write_student
 from distill.shape import student_config
 from distill.structure import (
-    Kept,
     Layout,
     Sizes,
     cut,

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from distill import prune as prune_module
 from distill.config import ConfigError, Prune
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
+from distill.kept import Kept
 from distill.prune import KEPT_FILE, KEPT_FOLDER, PROVENANCE_FILE, choose, load_kept, prune_checkpoint
 from distill.scores import Scores
 from distill.shape import Shape, resolve_shape
-from distill.structure import Kept, Sizes
+from distill.structure import Sizes
 from parallel.mesh import Mesh
 from tests.families import FAMILIES, save_tiny, tiny_config, tiny_model
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from distill.config import ConfigError
+from distill.kept import Kept
 from distill.prune import load_kept, prune_checkpoint
 from distill.recut import recut, recut_checkpoint
-from distill.structure import Kept, Sizes, Unit, cut, layout_of, student_name, teacher_name
+from distill.structure import Sizes, Unit, cut, layout_of, student_name, teacher_name
 from tests.families import save_tiny, tiny_config, tiny_model
 
 FAMILIES = ("llama", "glm4", "gemma2", "phi3", "starcoder2")
