@@ -25,24 +25,22 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.atomic import build_once
 from distill.config import ConfigError
+from distill.cut_files import stored_parameters, write_tensors
+from distill.kept import Kept
 from distill.scores import Scores
 from distill.shape import Shape, student_config
-from distill.structure import Kept, Layout, Sizes, Unit, cut, layout_of, student_name
-from distill.weight_files import check_weight_files
+from distill.structure import Layout, Sizes, Unit, cut, layout_of, student_name
 from parallel.model import build_meta_model
 
 if TYPE_CHECKING:
@@ -64,8 +62,6 @@ _COMPANIONS = (
     "spiece.model",
     "LICENSE*",
 )
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -98,7 +94,7 @@ def choose(scores: Scores, config: PretrainedConfig, shape: Shape) -> Kept:
 
 
 @dataclass(frozen=True)
-class _Rescale:
+class Rescale:
     """The factors that correct a cut of the residual width; all 1 without one."""
 
     norms: float
@@ -107,29 +103,34 @@ class _Rescale:
     norm_offset: float
     """1 where a norm multiplies by 1 + weight, else 0."""
 
-    def apply(self, tensor: Tensor, layout: Layout, leaf: str) -> Tensor:
-        """Return a parameter, already cut, with its scale corrected."""
+    def factor(self, layout: Layout, name: str) -> float:
+        """Return what a parameter, plus `norm_offset` where it is a norm's weight, is multiplied by."""
         if layout.module == "embed_tokens":
-            factor, offset = self.embedding, 0.0
-        elif layout.dims == ((Unit.HIDDEN,),) and leaf == "weight":
-            factor, offset = self.final_norm if layout.module == "norm" else self.norms, self.norm_offset
-        else:
-            return tensor
+            return self.embedding
+        if layout.dims == ((Unit.HIDDEN,),) and name.endswith(".weight"):
+            return self.final_norm if layout.module == "norm" else self.norms
+        return 1.0
+
+    def apply(self, tensor: Tensor, layout: Layout, name: str) -> Tensor:
+        """Return a parameter, already cut, with its scale corrected."""
+        factor = self.factor(layout, name)
         if factor == 1.0:
             return tensor
+        offset = 0.0 if layout.module == "embed_tokens" else self.norm_offset
         return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
 
 
-def _rescale(teacher: PreTrainedModel, student: PreTrainedModel) -> _Rescale:
+def rescale_of(teacher: PreTrainedModel, student: PreTrainedModel) -> Rescale:
+    """Return the correction of a cut, from both models on the meta device."""
     norms = math.sqrt(teacher.config.hidden_size / student.config.hidden_size)
     if norms == 1.0:
-        return _Rescale(1.0, 1.0, 1.0, 0.0)
+        return Rescale(1.0, 1.0, 1.0, 0.0)
     scales = [
         getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0) for model in (teacher, student)
     ]
     embedding = scales[0] / scales[1]
     final_norm = norms / embedding if teacher.config.tie_word_embeddings else norms
-    return _Rescale(norms, final_norm, embedding, _norm_offset(student.base_model.norm))
+    return Rescale(norms, final_norm, embedding, _norm_offset(student.base_model.norm))
 
 
 def _norm_offset(norm: torch.nn.Module) -> float:
@@ -139,17 +140,6 @@ def _norm_offset(norm: torch.nn.Module) -> float:
         torch.nn.init.zeros_(parameter)
     output = probe(torch.linspace(-1, 1, max(parameter.numel() for parameter in probe.parameters()))[None])
     return 1.0 if output.abs().max() > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One tensor of the teacher that becomes one of the student."""
-
-    name: str
-    file: Path
-    student_name: str
-    layout: Layout
-    size_bytes: int
 
 
 def prune_checkpoint(
@@ -178,24 +168,76 @@ def prune_checkpoint(
     Raises:
         ConfigError: `target` exists; a tensor of the teacher is damaged, unknown, missing or of another shape.
     """
-    if target.exists():
-        raise ConfigError(f"{target} exists already; remove it or name another folder for the pruned student")
+    refuse_existing(target)
     student = student_config(config, kept)
     models = build_meta_model(config), build_meta_model(student)
-    if not student.architectures:
-        student.architectures = [type(models[1]).__name__]
-    jobs = _jobs(source, models, kept)
-    sizes, rescale = Sizes.of(config), _rescale(*models)
+    sources = {
+        new_name: stored
+        for name, stored in stored_parameters(source, models[0], key="teacher.model").items()
+        if (new_name := student_name(name, kept)) is not None
+    }
+    sizes, rescale = Sizes.of(config), rescale_of(*models)
+
+    def produce(name: str) -> Tensor:
+        stored = sources[name]
+        layout = layout_of(stored.name, stored.shape, sizes)
+        return rescale.apply(cut(stored.read(), layout, sizes, kept), layout, name)
+
+    write_student(
+        target,
+        student,
+        models[1],
+        {name: stored.dtype for name, stored in sources.items()},
+        produce,
+        companions=source,
+        kept=kept,
+        provenance=provenance,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return student
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise ConfigError if something is at `target`."""
+    if target.exists():
+        raise ConfigError(f"{target} exists already; remove it or name another folder for the pruned student")
+
+
+def write_student(
+    target: Path,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    dtypes: Mapping[str, torch.dtype],
+    produce: Callable[[str], Tensor],
+    *,
+    companions: Path,
+    kept: Kept,
+    provenance: Mapping[str, Any],
+    max_shard_bytes: int,
+) -> None:
+    """Write a student's folder whole or not at all: weights, config, companions, and under `pruning/` what was kept.
+
+    Args:
+        config: the student's; gets the name of its architecture if it lacks one.
+        model: the student on the meta device.
+        dtypes: of its parameters, in the order of writing.
+        produce: parameter's name -> the tensor.
+        companions: the folder that tokenizer and generation config are copied from.
+        kept, provenance: as `prune_checkpoint` takes them.
+    """
+    parameters = dict(model.named_parameters())
+    sizes_bytes = {name: parameters[name].numel() * dtype.itemsize for name, dtype in dtypes.items()}
+    if not config.architectures:
+        config.architectures = [type(model).__name__]
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        _write_weights(folder, jobs, kept, sizes=sizes, rescale=rescale, max_bytes=max_shard_bytes)
-        student.save_pretrained(folder)
-        copy_companions(source, folder)
+        write_tensors(folder, sizes_bytes, produce, max_shard_bytes=max_shard_bytes)
+        config.save_pretrained(folder)
+        copy_companions(companions, folder)
         _write_kept(folder / KEPT_FOLDER, kept, provenance)
 
     build_once(target, write)
-    return student
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -217,99 +259,3 @@ def _write_kept(folder: Path, kept: Kept, provenance: Mapping[str, Any]) -> None
     kept.save(folder / KEPT_FILE, provenance)
     text = json.dumps(dict(provenance), indent=2, sort_keys=True)
     (folder / PROVENANCE_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _tensor_files(source: Path) -> dict[str, Path]:
-    """Return the file of every tensor of a checkpoint, in the order of files."""
-    check_weight_files(source, key="teacher.model")
-    index = source / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files: dict[str, Path] = {}
-    for shard in shards:
-        with safe_open(source / shard, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), source / shard)
-    return files
-
-
-def _jobs(source: Path, models: tuple[PreTrainedModel, PreTrainedModel], kept: Kept) -> list[_Job]:
-    """Pair every tensor of the checkpoint with a parameter of the student, strictly both ways."""
-    teacher, student = models
-    sizes = Sizes.of(teacher.config)
-    parameters = dict(student.named_parameters())
-    files = _tensor_files(source)
-    if teacher.config.tie_word_embeddings and "lm_head.weight" in files:
-        _check_tied(files.pop("lm_head.weight"), files)
-    jobs: list[_Job] = []
-    for name, path in files.items():
-        if _ROTARY_BUFFER.search(name):
-            continue
-        with safe_open(path, framework="pt") as file:
-            header = file.get_slice(name)
-            layout = layout_of(name, tuple(header.get_shape()), sizes)
-            itemsize = _ITEM_BYTES.get(header.get_dtype())
-        if itemsize is None:
-            raise ConfigError(
-                f"teacher.model: {path} holds {name} as {header.get_dtype()}; pruning needs plain floats"
-            )
-        new_name = student_name(name, kept)
-        if new_name is None:
-            continue
-        if new_name not in parameters:
-            raise ConfigError(
-                f"teacher.model: {path} holds {name}, which {type(student).__name__} does not have"
-            )
-        jobs.append(_Job(name, path, new_name, layout, parameters[new_name].numel() * itemsize))
-    missing = parameters.keys() - {job.student_name for job in jobs}
-    if missing:
-        raise ConfigError(
-            f"teacher.model: {source} lacks the tensors of the student's {', '.join(sorted(missing)[:3])}"
-        )
-    return jobs
-
-
-def _check_tied(head: Path, files: Mapping[str, Path]) -> None:
-    """Accept a copy of the embeddings as the head of a tied checkpoint, nothing else."""
-    name = next(name for name in files if name.endswith("embed_tokens.weight"))
-    with safe_open(head, framework="pt") as file, safe_open(files[name], framework="pt") as other:
-        if not torch.equal(file.get_tensor("lm_head.weight"), other.get_tensor(name)):
-            raise ConfigError(
-                f"teacher.model: {head} ties lm_head to the embeddings, but holds another lm_head.weight"
-            )
-
-
-def _shards(jobs: list[_Job], max_shard_bytes: int) -> list[list[_Job]]:
-    """Return the tensors of each weight file."""
-    shards: list[list[_Job]] = [[]]
-    filled_bytes = 0
-    for job in jobs:
-        if shards[-1] and filled_bytes + job.size_bytes > max_shard_bytes:
-            shards.append([])
-            filled_bytes = 0
-        shards[-1].append(job)
-        filled_bytes += job.size_bytes
-    return shards
-
-
-def _write_weights(
-    folder: Path, jobs: list[_Job], kept: Kept, *, sizes: Sizes, rescale: _Rescale, max_bytes: int
-) -> None:
-    shards = _shards(jobs, max_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        shard_name = (
-            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
-        tensors: dict[str, Tensor] = {}
-        for job in shard:
-            with safe_open(job.file, framework="pt") as file:
-                tensor = cut(file.get_tensor(job.name), job.layout, sizes, kept)
-            tensors[job.student_name] = rescale.apply(tensor, job.layout, job.name.rpartition(".")[2])
-        save_file(tensors, folder / shard_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard_name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(job.size_bytes for job in jobs)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )

@@ -22,7 +22,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from distill.config import ConfigError, Prune
-from distill.structure import Kept, Sizes, cut_shape, layout_of, student_name
+from distill.kept import Kept
+from distill.structure import Sizes, cut_shape, layout_of, student_name
 from parallel.model import build_meta_model
 
 if TYPE_CHECKING:

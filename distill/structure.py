@@ -13,20 +13,16 @@ Legend: D residual width, M feed-forward width, N query heads, G key/value heads
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.config import ConfigError
+from distill.kept import Kept
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -214,55 +210,6 @@ def layout_of(name: str, shape: tuple[int, ...], sizes: Sizes) -> Layout:
     )
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Indices of the teacher's units that the student keeps, each ascending, so that the order stays."""
-
-    hidden: Tensor
-    """int64 [D'], one set for the whole model."""
-    ffn: dict[int, Tensor]
-    """Teacher's layer index -> int64 [M']; kept layers only."""
-    groups: dict[int, Tensor]
-    """Teacher's layer index -> int64 [G'], whole query groups; kept layers only."""
-    layers: tuple[int, ...]
-    """Teacher's layer index by student's layer index."""
-
-    def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        """Write the indices as one safetensors file whose header carries `metadata` as JSON."""
-        tensors = {"hidden": self.hidden, "layers": torch.tensor(self.layers)}
-        tensors |= {f"ffn.{layer}": indices for layer, indices in self.ffn.items()}
-        tensors |= {f"groups.{layer}": indices for layer, indices in self.groups.items()}
-        save_file(tensors, path, metadata={"kept": json.dumps(metadata)})
-
-    @staticmethod
-    def load(path: Path) -> tuple[Kept, dict[str, Any]]:
-        """Read what `save` wrote: the indices and the metadata."""
-        ffn: dict[int, Tensor] = {}
-        groups: dict[int, Tensor] = {}
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                kind, _, layer = name.partition(".")
-                if layer:
-                    {"ffn": ffn, "groups": groups}[kind][int(layer)] = file.get_tensor(name)
-            layers = tuple(file.get_tensor("layers").tolist())
-            hidden = file.get_tensor("hidden")
-            metadata = json.loads(file.metadata()["kept"])
-        ordered = [{layer: by_layer[layer] for layer in layers} for by_layer in (ffn, groups)]
-        return Kept(hidden, *ordered, layers), metadata
-
-    @staticmethod
-    def everything(sizes: Sizes) -> Kept:
-        """Return the cut that removes nothing."""
-        layers = tuple(range(sizes.layers))
-        return Kept(
-            hidden=torch.arange(sizes.hidden),
-            ffn={layer: torch.arange(sizes.ffn) for layer in layers},
-            groups={layer: torch.arange(sizes.groups) for layer in layers},
-            layers=layers,
-        )
-
-
 def _spread(units: Tensor, width: int) -> Tensor:
     """Return the entries of a dim that units of `width` consecutive entries cover."""
     return (units[:, None] * width + torch.arange(width)).flatten()
@@ -280,8 +227,8 @@ def _kept_of(unit: Unit, layer: int | None, sizes: Sizes, kept: Kept) -> Tensor:
     return _spread(kept.groups[layer], heads * sizes.head_width)
 
 
-def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
-    """Return the entries of one dim that stay, int64 ascending, or None when all of them do.
+def kept_entries(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor:
+    """Return the entries of one dim that stay, int64 ascending.
 
     Args:
         layout: of a parameter in a layer that is kept, or outside the layers.
@@ -292,8 +239,13 @@ def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor |
     for unit in layout.dims[dim]:
         pieces.append(_kept_of(unit, layout.layer, sizes, kept) + offset)
         offset += sizes.width(unit)
-    indices = torch.cat(pieces)
-    return None if len(indices) == offset else indices
+    return torch.cat(pieces)
+
+
+def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
+    """Return `kept_entries`, or None when all entries of the dim stay."""
+    indices = kept_entries(layout, dim, sizes, kept)
+    return None if len(indices) == sum(map(sizes.width, layout.dims[dim])) else indices
 
 
 def cut(tensor: Tensor, layout: Layout, sizes: Sizes, kept: Kept) -> Tensor:
@@ -326,3 +278,11 @@ def student_name(name: str, kept: Kept) -> str | None:
     if layer not in kept.layers:
         return None
     return f"{inside['before']}{kept.layers.index(layer)}.{inside['module']}.{inside['leaf']}"
+
+
+def teacher_name(name: str, kept: Kept) -> str:
+    """Return a student's parameter name as the teacher has it; the inverse of `student_name`."""
+    inside = _IN_LAYER.match(name)
+    if not inside:
+        return name
+    return f"{inside['before']}{kept.layers[int(inside['layer'])]}.{inside['module']}.{inside['leaf']}"

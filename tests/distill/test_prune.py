@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from distill import prune as prune_module
 from distill.config import ConfigError, Prune
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
+from distill.kept import Kept
 from distill.prune import KEPT_FILE, KEPT_FOLDER, PROVENANCE_FILE, choose, load_kept, prune_checkpoint
 from distill.scores import Scores
 from distill.shape import Shape, resolve_shape
-from distill.structure import Kept, Sizes
+from distill.structure import Sizes
 from parallel.mesh import Mesh
 from tests.families import FAMILIES, save_tiny, tiny_config, tiny_model
 
@@ -264,7 +265,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(prune_module, "save_file", full_disk)
+    monkeypatch.setattr(prune_module, "write_tensors", full_disk)
     with pytest.raises(OSError, match="no space"):
         prune_checkpoint(source, tmp_path / "student", config, _kept(config, "ffn"), provenance={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "teacher"]

@@ -7,8 +7,9 @@ import torch
 
 from distill import shape
 from distill.config import ConfigError, Prune
+from distill.kept import Kept
 from distill.shape import Shape, resolve_shape, student_config
-from distill.structure import Kept, Sizes
+from distill.structure import Sizes
 from tests.families import FAMILIES, tiny_config
 
 

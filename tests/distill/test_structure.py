@@ -1,15 +1,14 @@
-"""What parameters mean for cuts: every family's names and sizes, fused projections, errors, the kept indices."""
+"""What parameters mean for cuts: every family's names and sizes, fused projections, errors."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 from distill.config import ConfigError
-from distill.structure import Kept, Layout, Sizes, Unit, cut, cut_shape, kept_indices, layout_of, student_name
+from distill.kept import Kept
+from distill.structure import Layout, Sizes, Unit, cut, cut_shape, kept_indices, layout_of, student_name
 from parallel.model import build_meta_model
 from tests.families import FAMILIES, tiny_config
 
@@ -93,17 +92,6 @@ def test_layers_are_renumbered_and_dropped() -> None:
     assert student_name("model.layers.2.mlp.c_fc.bias", KEPT) == "model.layers.1.mlp.c_fc.bias"
     assert student_name("model.layers.1.mlp.c_fc.bias", KEPT) is None
     assert student_name("model.embed_tokens.weight", KEPT) == "model.embed_tokens.weight"
-
-
-def test_kept_indices_survive_the_file(tmp_path: Path) -> None:
-    metadata = {"method": "l1", "prune": {"num_layers": 2, "layers": None}}
-    KEPT.save(tmp_path / "kept.safetensors", metadata)
-    loaded, loaded_metadata = Kept.load(tmp_path / "kept.safetensors")
-    assert loaded.layers == KEPT.layers and loaded_metadata == metadata
-    assert torch.equal(loaded.hidden, KEPT.hidden) and loaded.ffn.keys() == KEPT.ffn.keys()
-    for layer in KEPT.layers:
-        assert torch.equal(loaded.ffn[layer], KEPT.ffn[layer])
-        assert torch.equal(loaded.groups[layer], KEPT.groups[layer])
 
 
 def test_sizes_after_a_cut() -> None:
