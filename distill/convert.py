@@ -10,12 +10,22 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from distill.config import Config, ConfigError
 
-ROUND_KEYS = ("student.prune", "loss", "optimizer.lr", "train.steps", "teacher")
+ROUND_KEYS = (
+    *("student.prune", "loss", "teacher", "gate", "data.path", "data.seq_len"),
+    *("train.steps", "train.tokens", "train.global_batch_size", "train.microbatch_size"),
+    *(
+        "optimizer.lr",
+        "optimizer.warmup_steps",
+        "optimizer.schedule",
+        "optimizer.min_lr_ratio",
+        "optimizer.moments",
+    ),
+)
 """What an entry of `rounds` may override: these keys and the ones below them."""
 
 _WORDS = {
@@ -44,6 +54,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def round_config(config: Config, index: int) -> Config:
     """Return the settings of one round: `config` with the overrides of `rounds[index]` laid over it.
 
+    `train.tokens` is turned into `train.steps`.
+
     Raises:
         ConfigError: the entry names a key that a round may not override, or a value of the wrong type.
     """
@@ -52,7 +64,12 @@ def round_config(config: Config, index: int) -> Config:
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in ROUND_KEYS):
             raise ConfigError(f"rounds[{index}].{key} cannot differ between rounds; use {either(ROUND_KEYS)}")
     base = {**config_to_dict(config), "rounds": [{}]}
-    return _build(Config, _merge(base, entry), prefix=f"rounds[{index}].")
+    settings = _build(Config, _merge(base, entry), prefix=f"rounds[{index}].")
+    train = settings.train
+    if train.tokens:
+        step_tokens = max(1, train.global_batch_size * settings.data.seq_len)
+        settings = replace(settings, train=replace(train, steps=-(-train.tokens // step_tokens)))
+    return settings
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

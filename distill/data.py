@@ -116,6 +116,7 @@ class Batches:
         global_batch_size: int,
         microbatch_size: int,
         seed: int,
+        first_row: int = 0,
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
@@ -126,6 +127,7 @@ class Batches:
             global_batch_size: G, rows in one step over the whole mesh.
             microbatch_size: B, rows in one micro-batch.
             seed: of the order of the rows; another order every epoch.
+            first_row: place in the endless stream of rows where step 0 begins.
             dp_rank: which share of each global batch.
             dp_size: number of shares.
         Raises:
@@ -146,7 +148,7 @@ class Batches:
         self.microbatch_size = microbatch_size
         self.seed = seed
         self.num_microbatches = global_batch_size // (dp_size * microbatch_size)
-        self._share_start = dp_rank * (global_batch_size // dp_size)
+        self._share_start = first_row + dp_rank * (global_batch_size // dp_size)
         # A step may straddle two epochs, and the teacher may already be in the next one.
         self._order = lru_cache(maxsize=3)(self._permutation)
 

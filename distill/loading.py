@@ -7,7 +7,7 @@ what configs alone can show is refused before weights are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.pretrained import load_config, load_tokenizer, resolve_model
+from distill.rounds import Lineage, lineage_of
 from distill.shape import planned_config, resolve_shape
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
@@ -53,15 +54,22 @@ class Models:
 
     teacher_folder: Path
     teacher_config: PretrainedConfig
+    origin_folder: Path
+    """Of the model that all cuts of the run refer to: the first round's teacher."""
+    origin_config: PretrainedConfig
     student_folder: Path
-    """For a student that is still to be pruned: where it will be."""
-    needs_pruning: bool
+    """For a student that is still to be cut: where it will be."""
+    previous_folder: Path | None
+    """The student of the round before."""
+    needs_cut: bool
     split: Split
 
 
-def find_models(config: Config, mesh: Mesh) -> Models:
+def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> Models:
     """Fetch what is named, and check everything that configs alone can show.
 
+    Args:
+        lineage: where the student comes from; None: as in a run of one round.
     Raises:
         ConfigError: a model that is not there or does not fit.
     Collectives: broadcasts over the world.
@@ -74,36 +82,59 @@ def find_models(config: Config, mesh: Mesh) -> Models:
             mesh, lambda: resolve_model(name, cache_dir=cache, trust_remote_code=trust, key=key)
         )
 
+    lineage = lineage or lineage_of([config], 0)
     teacher_folder = fetch(config.teacher.model, "teacher.model")
     teacher_config = load_config(teacher_folder, trust_remote_code=trust)
-    if config.student.model is not None:
+    origin_folder, origin_config = teacher_folder, teacher_config
+    if lineage.origin != config.teacher.model:
+        origin_folder = fetch(lineage.origin, "teacher.model")
+        origin_config = load_config(origin_folder, trust_remote_code=trust)
+    ready = None
+    if lineage.begins is None:
         student_folder = fetch(config.student.model, "student.model")
         ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
     else:
-        student_folder, ready = Path(config.run.dir) / "pruned", None
-    student_config = checked_student(config, teacher_config, ready)
+        student_folder = lineage.begins
+        if not lineage.cuts:
+            ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
+    student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
     try:
         split = split_models(config, teacher_config, student_config)
     except UnsupportedModel as error:
         raise ConfigError(f"teacher.model={config.teacher.model}: {error}") from error
-    return Models(teacher_folder, teacher_config, student_folder, ready is None, split)
+    return Models(
+        teacher_folder=teacher_folder,
+        teacher_config=teacher_config,
+        origin_folder=origin_folder,
+        origin_config=origin_config,
+        student_folder=student_folder,
+        previous_folder=lineage.previous,
+        needs_cut=lineage.cuts,
+        split=split,
+    )
 
 
 def checked_student(
-    config: Config, teacher_config: PretrainedConfig, ready: PretrainedConfig | None
+    config: Config,
+    teacher_config: PretrainedConfig,
+    ready: PretrainedConfig | None,
+    *,
+    origin_config: PretrainedConfig | None = None,
 ) -> PretrainedConfig:
     """Return the student's config, which both models and the settings fit.
 
     Args:
         ready: of a student that is there; None plans the one that would be pruned.
+        origin_config: of the model that it would be pruned out of; None: the teacher.
     Raises:
         ConfigError: what does not fit, or a shape that cannot be had.
     """
     student_config = ready
     if student_config is None:
-        check_models(config, teacher_config, teacher_config)
-        shape = resolve_shape(teacher_config, config.student.prune, tp=config.mesh.tp)
-        student_config = planned_config(teacher_config, shape)
+        origin_config = origin_config or teacher_config
+        check_models(config, teacher_config, origin_config)
+        shape = resolve_shape(origin_config, config.student.prune, tp=config.mesh.tp)
+        student_config = planned_config(origin_config, shape)
     check_models(config, teacher_config, student_config)
     return student_config
 
@@ -165,6 +196,26 @@ def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
         layers=models.split.teacher,
         stage=mesh.pp.rank,
         num_slices=models.split.num_slices,
+    )
+
+
+def load_origin(config: Config, mesh: Mesh, models: Models) -> StageModel:
+    """Load this rank's stage of the model that cuts refer to, frozen, to score it.
+
+    Raises:
+        ConfigError: the family or the files do not fit.
+    """
+    even = replace(config, pipeline=replace(config.pipeline, student_layers=None, teacher_layers=None))
+    split = split_models(even, models.origin_config, models.origin_config)
+    return load_stage(
+        models.origin_folder,
+        models.origin_config,
+        config,
+        mesh,
+        trainable=False,
+        key="teacher.model",
+        layers=split.teacher,
+        stage=mesh.pp.rank,
     )
 
 

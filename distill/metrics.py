@@ -139,6 +139,15 @@ class RunLog:
         """Seconds that the steps so far took, those before a resume included."""
         return sum(line["time/step_s"] or 0.0 for line in self.steps)
 
+    def seconds_before(self, step: int) -> float:
+        """Return the seconds that the first `step` steps took."""
+        return sum(line["time/step_s"] or 0.0 for line in self.steps if line["step"] <= step)
+
+    def level(self, model: str) -> float:
+        """Return the first held-out loss of a model, nats per token; NaN where nothing is logged."""
+        losses = (line["eval/loss"] for line in self.evaluations if line["model"] == model)
+        return next(losses, math.nan)
+
     def say(self, text: str) -> None:
         """Print a line, on the rank that writes."""
         if self._writes:
@@ -161,19 +170,23 @@ class RunLog:
         if metrics.step % self._config.log.every == 0 or metrics.step == total_steps:
             self.say(self._line(metrics, total_steps))
 
-    def evaluation(self, *, step: int, round: int, model: str, values: Mapping[str, float]) -> None:
+    def evaluation(
+        self, *, step: int, round: int, model: str, parameters: int, values: Mapping[str, float]
+    ) -> None:
         """Write what a model reached on the held-out text.
 
         Args:
             step: optimizer steps done when it was judged.
             model: `teacher`, or `student`.
+            parameters: of the model.
             values: `eval/loss` (nats per token) and whatever else was measured, by name.
         Raises:
             OSError: what writing raised before.
         """
         if self._beside is None:
             return
-        line = {"step": step, "round": round, "model": model, **{k: _finite(v) for k, v in values.items()}}
+        line = {"step": step, "round": round, "model": model, "parameters": parameters}
+        line |= {name: _finite(value) for name, value in values.items()}
         # A run that was killed between a judgement and the next checkpoint judges the same once more.
         others = (old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT))
         self.evaluations = [*others, line]

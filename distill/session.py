@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: models, rows, student, optimizer, planner and links.
+"""Everything a round needs before its first step: models, rows, student, optimizer, planner and links.
 
 Decides the order: the teacher is loaded first, because the student is cut from it where it stands.
 """
@@ -15,10 +15,20 @@ from transformers import PretrainedConfig
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
-from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
+from distill.loading import (
+    Corpus,
+    Models,
+    find_models,
+    load_corpus,
+    load_origin,
+    load_student,
+    load_teacher,
+)
 from distill.planning import Planner
+from distill.rounds import Lineage
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
+from parallel.collectives import broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
@@ -28,7 +38,7 @@ from parallel.pipeline.p2p import Links, Message
 
 @dataclass
 class Session:
-    """The objects of a run on this rank."""
+    """The objects of a round on this rank."""
 
     models: Models
     corpus: Corpus
@@ -39,33 +49,51 @@ class Session:
     planner: Planner
     step: DistillationStep
     judging: Sequence[MicroBatch]
+    num_held_out: int
+    """Rows of the text that models are judged by."""
     judging_links: Links
     """Channels of their own: a teacher that is ahead has messages under way on the training's."""
     prune_s: float
     """Seconds that making the student took; 0 when it was there."""
 
+    def close(self) -> None:
+        """End the threads and let go of the process groups. Collectives: none."""
+        self.step.close()
+        self.step.links.close()
+        self.judging_links.close()
 
-def open_session(config: Config, mesh: Mesh) -> Session:
-    """Load, prune if needed, and bind everything for training.
 
+def open_session(
+    config: Config, mesh: Mesh, lineage: Lineage, *, judging: Config, first_row: int = 0
+) -> Session:
+    """Load, cut if needed, and bind everything for training a round.
+
+    Args:
+        config: settings of the round.
+        lineage: where its student comes from.
+        judging: settings of the run, whose held-out text all rounds are judged by.
+        first_row: place in the stream of rows where the round begins.
     Raises:
         ConfigError: a mistake in the settings, the models or the corpus.
     Collectives: many, over all axes.
     """
-    models = find_models(config, mesh)
+    models = find_models(config, mesh, lineage)
     corpus = load_corpus(config, mesh, models.teacher_folder)
     batches = Batches(
         corpus.train,
         global_batch_size=config.train.global_batch_size,
         microbatch_size=config.train.microbatch_size,
         seed=config.train.seed,
+        first_row=first_row,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
     )
     teacher = load_teacher(config, mesh, models)
-    prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
+    prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_cut else 0.0
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
+    same_text = judging.data == config.data
+    held_out = corpus if same_text else load_corpus(judging, mesh, models.teacher_folder)
     return Session(
         models=models,
         corpus=corpus,
@@ -74,8 +102,9 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         student_config=student_config,
         planner=planner,
         step=step,
-        judging=corpus.judging(config, mesh),
-        judging_links=_forward_links(config, mesh, models, students, teacher),
+        judging=held_out.judging(judging, mesh),
+        num_held_out=len(held_out.held_out),
+        judging_links=_forward_links(judging, mesh, models, students, teacher),
         prune_s=prune_s,
     )
 
@@ -130,16 +159,27 @@ def _forward_links(
 
 
 def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teacher: StageModel) -> float:
-    """Cut the student out of the loaded teacher into `models.student_folder`; return the seconds it took."""
+    """Cut the student into `models.student_folder`, if it is not there; return the seconds it took.
+
+    Args:
+        teacher: this rank's stage of the round's teacher.
+    Collectives: a broadcast over the world; those of loading and scoring the model that is cut.
+    """
+    # Rank 0 looks for all: what the others see of a shared folder may lag behind.
+    there = models.student_folder.exists() if mesh.world.is_first else None
+    if broadcast_object(there, mesh.world):
+        return 0.0
+    origin = teacher if models.origin_folder == models.teacher_folder else load_origin(config, mesh, models)
     return prune_teacher(
         config,
         mesh,
-        teacher=teacher,
-        teacher_config=models.teacher_config,
-        teacher_folder=models.teacher_folder,
-        links=_forward_links(config, mesh, models, (), teacher),
+        teacher=origin,
+        teacher_config=models.origin_config,
+        teacher_folder=models.origin_folder,
+        links=_forward_links(config, mesh, models, (), origin),
         microbatches=corpus.calibration(config, mesh),
         target=models.student_folder,
+        previous=models.previous_folder,
     )
 
 

@@ -14,7 +14,8 @@ from distill.config import Config
 from distill.data import IGNORE, MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
-from distill.prune import choose, prune_checkpoint
+from distill.prune import choose, load_kept, prune_checkpoint
+from distill.recut import recut_checkpoint
 from distill.scores import Scores
 from distill.shape import resolve_shape
 from distill.structure import Sizes
@@ -63,9 +64,13 @@ def prune_teacher(
     links: Links,
     microbatches: Sequence[MicroBatch],
     target: Path,
+    previous: Path | None = None,
 ) -> float:
     """Write the pruned student to `target`, with the scores and kept indices; a folder that is there is kept.
 
+    Args:
+        teacher: this rank's stage of the model whose units are scored and kept.
+        previous: a trained student of it, whose weights the new one takes as far as it has them.
     Returns:
         Seconds it took (0 for a folder that was there).
     Raises:
@@ -90,6 +95,12 @@ def prune_teacher(
         target.parent.mkdir(parents=True, exist_ok=True)
         scores.save(target.parent / SCORES_FILE)
         provenance = {"teacher": config.teacher.model, "prune": asdict(prune)}
-        prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance=provenance)
+        if previous is None:
+            prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance=provenance)
+        else:
+            old, _ = load_kept(previous)
+            recut_checkpoint(
+                teacher_folder, previous, target, teacher_config, old, kept, provenance=provenance
+            )
     barrier(mesh.world)
     return time.perf_counter() - start_s

@@ -1,27 +1,33 @@
-"""The training loop: one step after the other, judged, logged, saved, and exported at the end.
+"""The training loop: round after round, step after step, judged, logged, saved, and exported.
 
-Read top to bottom. A request to stop is agreed on by all ranks between steps; what a step costs beyond the plan is one
-small all-reduce (the request and the peak of memory). Steps are counted from 1 in everything a user sees.
+Read top to bottom. A round opens a session of its own, because its student, and with it the split over the stages and the
+plan, may be another; what it takes from the round before comes from that round's exported student and its last
+checkpoint, so that a run which was killed in between goes on to the same bits. A request to stop is agreed on by all
+ranks between steps; what a step costs beyond the plan is one small all-reduce (the request and the peak of memory). Steps
+are counted from 1 in everything a user sees.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.checks import not_finite
-from distill.config import Config, ConfigError
-from distill.deploy.export import export_student, model_card
+from distill.config import Config
 from distill.evaluate import Quality, evaluate, num_parameters
-from distill.loading import DTYPES
 from distill.metrics import RunLog, StepMetrics
 from distill.planning import Planner
+from distill.results import export_round, run_summary
+from distill.resume import find_checkpoint, take_over
+from distill.rounds import STUDENT_FOLDER, Progress, lineage_of, round_folder, rounds_of, verdict
 from distill.runfolder import read_summary, write_config
 from distill.session import Session, open_session
 from distill.step import StepStats
@@ -31,20 +37,53 @@ from parallel import checkpoint
 from parallel.collectives import all_reduce_, broadcast_object
 from parallel.mesh import Mesh
 
-STUDENT_FOLDER = "student"
-
 
 @dataclass
-class _State:
-    """What a checkpoint holds beside the optimizer."""
+class _Run:
+    """What all rounds share."""
 
-    step: int = 0
-    tokens: int = 0
-    prune_s: float = 0.0
+    config: Config
+    rounds: tuple[Config, ...]
+    mesh: Mesh
+    stop: Stop
+    log: RunLog
+    progress: Progress
+    resumed: Path | None
+    """The checkpoint that this process began with."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.folder / "checkpoints"
+
+    @property
+    def settings(self) -> Config:
+        """The settings of the round that runs."""
+        return self.rounds[self.progress.round]
+
+    @property
+    def total_steps(self) -> int:
+        """The step at which the run ends, if no round from here on is trained again."""
+        left = self.settings.train.steps - self.progress.round_step
+        return (
+            self.progress.step
+            + left
+            + sum(each.train.steps for each in self.rounds[self.progress.round + 1 :])
+        )
+
+    @property
+    def words(self) -> str:
+        """The round, where there are several."""
+        return f"round {self.progress.round}: " if len(self.rounds) > 1 else ""
 
 
 def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
-    """Prune, distil, judge and export, or go on with a run that was interrupted.
+    """Prune, distil, judge and export, round by round, or go on with a run that was interrupted.
 
     Args:
         config: checked settings; `run.dir` has been accepted.
@@ -55,68 +94,118 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     Raises:
         ConfigError: a mistake that only the models, the corpus or the checkpoint show.
     """
-    folder = Path(config.run.dir)
-    ended = broadcast_object(read_summary(folder), mesh.world)
-    if ended and ended.get("finished") and ended["metrics"].get("step") == config.train.steps:
+    rounds = rounds_of(config)
+    ended = broadcast_object(read_summary(Path(config.run.dir)), mesh.world)
+    if ended and ended.get("finished") and ended.get("round_steps") == [each.train.steps for each in rounds]:
         return ended
     if mesh.world.is_first:
         # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
         write_config(config)
-    session = open_session(config, mesh)
-    state = _resume(config, mesh, session, folder)
-    total_steps = config.train.steps
-    saver = checkpoint.Saver(
-        folder / "checkpoints", session.step.optimizer, mesh, keep=config.checkpoint.keep
-    )
-    with RunLog(config, writes=mesh.world.is_first, done_steps=state.step) as log, saver:
+    resumed, progress = find_checkpoint(config, mesh)
+    with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step) as log:
         stop.call_before_kill(log.save_buffers)
-        _say_start(log, config, session, state)
-        # A run that goes on from another run's checkpoint has judged nothing either.
-        if state.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
-            for who in ("teacher", "student"):
-                _check_finite(config, who, _judge(log, mesh, session, step=state.step, who=who))
-        if not _train(config, mesh, stop, session, state, log, saver):
-            log.say(f"stopped after step {state.step} of {total_steps}; the same command goes on from there")
-            return log.finish({"finished": False})
-        _judge(log, mesh, session, step=total_steps, who="student")
-        if session.planner.typical is not None:
-            write_timeline(folder, mesh, *session.planner.typical, session.planner.costs)
-        session.step.close()
-        saver.wait()
-        return _finish(log, config, mesh, session, state, folder)
+        running = _Run(config, rounds, mesh, stop, log, progress, resumed)
+        while True:
+            what = _round(running)
+            # The models of a round are in cycles, and the next one's need their memory.
+            gc.collect()
+            if what == "stopped":
+                step = running.progress.step
+                log.say(
+                    f"stopped after step {step} of {running.total_steps}; the same command goes on from there"
+                )
+                return log.finish({"finished": False})
+            if what == "end":
+                summary = run_summary(log, config, rounds, running.progress) if mesh.world.is_first else {}
+                return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _train(
-    config: Config,
-    mesh: Mesh,
-    stop: Stop,
-    session: Session,
-    state: _State,
-    log: RunLog,
-    saver: checkpoint.Saver,
-) -> bool:
-    """Take the steps that are left; return whether all are done, or else saved when a stop was asked for."""
-    total_steps = config.train.steps
-    while state.step < total_steps:
+def _round(running: _Run) -> str:
+    """Train a round once, from where it is; return `stopped`, `end`, or `next` when there is more to train."""
+    config, settings, mesh, progress = running.config, running.settings, running.mesh, running.progress
+    session = open_session(
+        settings,
+        mesh,
+        lineage_of(running.rounds, progress.round),
+        judging=config,
+        first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
+    )
+    running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
+    # Where a round begins, the checkpoint is that of the round before, or of its own training before.
+    begins = progress.round_step == 0 and progress.step > 0
+    found = checkpoint.latest(running.checkpoints, mesh) if begins else running.resumed
+    if found is not None:
+        take_over(
+            found, settings, session, begins=begins, recut=session.models.needs_cut and not progress.attempt
+        )
+    _say_start(running, session)
+    optimizer = session.step.optimizer
+    with checkpoint.Saver(running.checkpoints, optimizer, mesh, keep=config.checkpoint.keep) as saver:
+        _judge_start(running, session)
+        if not _train(running, session, saver):
+            return "stopped"
+        quality = _judge(running, session, who="student")
+    following = _follows(running, quality)
+    if session.planner.typical is not None:
+        write_timeline(running.folder, mesh, *session.planner.typical, session.planner.costs)
+    if following != "again":
+        last = following == "end"
+        target = running.folder / STUDENT_FOLDER if last else round_folder(running.folder, progress.round)
+        export_round(running.log, config, settings, mesh, session, target, running.progress)
+    session.close()
+    if following == "again":
+        running.progress = running.progress.again()
+    elif following == "next":
+        running.progress = running.progress.next_round()
+    return "end" if following == "end" else "next"
+
+
+def _follows(running: _Run, quality: Quality) -> str:
+    """Return what follows the round: `again`, `next` or `end`; say why where it is not plain. Equal on every rank."""
+    progress, gate = running.progress, running.settings.gate
+    teacher = broadcast_object(running.log.level("teacher"), running.mesh.world)
+    gap = quality.loss - teacher
+    what = verdict(gate, gap=gap, attempt=progress.attempt)
+    if what == "again":
+        running.log.say(
+            f"{running.words}gap {gap:.4f} is above gate.repeat_until={gate.repeat_until}: once more"
+        )
+        return "again"
+    is_last = progress.round + 1 == len(running.rounds)
+    if what == "stop" and not is_last:
+        running.log.say(
+            f"{running.words}gap {gap:.4f} is above gate.stop_if={gate.stop_if}: the run ends here"
+        )
+    return "end" if what == "stop" or is_last else "next"
+
+
+def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
+    """Take the round's steps that are left; return whether all are done, or else saved when a stop was asked for."""
+    config, settings, mesh, log = running.config, running.settings, running.mesh, running.log
+    while running.progress.round_step < settings.train.steps:
         try:
-            stats = session.step(state.step)
+            stats = session.step(running.progress.round_step)
         except Exception as error:
-            error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
+            error.add_note(
+                f"This was step {running.progress.step + 1} of {running.total_steps}, counted from 1."
+            )
             raise
-        state.step += 1
-        state.tokens += stats.num_valid_tokens
-        stopping, peak_bytes = _agree(mesh, stop)
-        log.step(_metrics(state, stats, session.planner, peak_bytes), total_steps=total_steps)
+        progress = running.progress.after_step(
+            rows=settings.train.global_batch_size, tokens=stats.num_valid_tokens
+        )
+        running.progress = progress
+        stopping, peak_bytes = _agree(mesh, running.stop)
+        log.step(_metrics(progress, stats, session.planner, peak_bytes), total_steps=running.total_steps)
         planned = session.planner.observe(session.step.last_plan, session.step.last_events)
         if planned is not None:
             log.say(planned)
-        if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
-            _judge(log, mesh, session, step=state.step, who="student")
-        done = state.step == total_steps
-        if done or stopping or _is_due(config.checkpoint.every, state.step):
+        done = progress.round_step == settings.train.steps
+        if _is_due(config.evaluate.every, progress.step) and not done:
+            _judge(running, session, who="student")
+        if done or stopping or _is_due(config.checkpoint.every, progress.step):
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
-            saver.save(state.step, {"tokens": state.tokens, "prune_s": state.prune_s})
+            saver.save(progress.step, asdict(progress))
         saver.check()
         if stopping and not done:
             saver.wait()
@@ -126,26 +215,6 @@ def _train(
 
 def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _resume(config: Config, mesh: Mesh, session: Session, folder: Path) -> _State:
-    """Load the checkpoint that `checkpoint.resume` names, if there is one."""
-    choice, root = config.checkpoint.resume, folder / "checkpoints"
-    if choice == "none":
-        found = None
-    elif choice == "auto" or Path(choice).resolve().parent != root.resolve():
-        # With another run's checkpoint this run only begins: the same command goes on from its own, once it has one.
-        found = checkpoint.latest(root, mesh) or (None if choice == "auto" else Path(choice))
-    else:
-        found = Path(choice)
-    if found is None:
-        return _State(prune_s=session.prune_s)
-    try:
-        manifest = checkpoint.restore(found, session.step.optimizer, mesh)
-    except checkpoint.CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
-    checkpoint.drop_after(root, manifest.step, mesh)
-    return _State(step=manifest.step, tokens=manifest.extras["tokens"], prune_s=manifest.extras["prune_s"])
 
 
 def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:
@@ -161,12 +230,12 @@ def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:
     return bool(stopping), peak
 
 
-def _metrics(state: _State, stats: StepStats, planner: Planner, peak_bytes: int) -> StepMetrics:
+def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes: int) -> StepMetrics:
     planned = planner.planned
     return StepMetrics(
-        step=state.step,
-        round=0,
-        tokens=state.tokens,
+        step=progress.step,
+        round=progress.round,
+        tokens=progress.tokens,
         loss_total=stats.total,
         loss_hard=stats.hard,
         loss_soft=stats.soft,
@@ -181,13 +250,37 @@ def _metrics(state: _State, stats: StepStats, planner: Planner, peak_bytes: int)
     )
 
 
-def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) -> Quality:
+def _judge(running: _Run, session: Session, *, who: str) -> Quality:
     """Judge the teacher alone or the student against it, and log it."""
     students = session.students if who == "student" else ()
-    links = session.judging_links
-    quality = evaluate(mesh, links, session.judging, students=students, teacher=session.teacher)
-    log.evaluation(step=step, round=0, model=who, values=quality.named())
+    quality = evaluate(
+        running.mesh, session.judging_links, session.judging, students=students, teacher=session.teacher
+    )
+    progress = running.progress
+    running.log.evaluation(
+        step=progress.step,
+        round=progress.round,
+        model=who,
+        parameters=num_parameters(students or [session.teacher], running.mesh),
+        values=quality.named(),
+    )
     return quality
+
+
+def _judge_start(running: _Run, session: Session) -> None:
+    """Judge the teacher at the run's start, and a student that is new; refuse models without finite losses."""
+    progress, log, mesh = running.progress, running.log, running.mesh
+    # A run that goes on from another run's checkpoint has judged nothing either.
+    if progress.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
+        whom: Sequence[str] = ("teacher", "student")
+    else:
+        whom = (
+            ("student",)
+            if progress.round_step == 0 and session.models.needs_cut and not progress.attempt
+            else ()
+        )
+    for who in whom:
+        _check_finite(running.settings, who, _judge(running, session, who=who))
 
 
 def _check_finite(config: Config, who: str, quality: Quality) -> None:
@@ -200,64 +293,12 @@ def _check_finite(config: Config, who: str, quality: Quality) -> None:
     )
 
 
-def _say_start(log: RunLog, config: Config, session: Session, state: _State) -> None:
-    rows = len(session.corpus.train)
-    log.say(
-        f"{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
-        f"{session.student_config.num_hidden_layers} layers; {rows:,} rows of {config.data.seq_len} tokens to train on, "
-        f"{len(session.corpus.held_out):,} held out"
+def _say_start(running: _Run, session: Session) -> None:
+    config, progress = running.settings, running.progress
+    running.log.say(
+        f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
+        f"{session.student_config.num_hidden_layers} layers; {len(session.corpus.train):,} rows of {config.data.seq_len} "
+        f"tokens to train on, {session.num_held_out:,} held out"
     )
-    if state.step:
-        log.say(f"going on after step {state.step} of {config.train.steps}")
-
-
-def _finish(
-    log: RunLog, config: Config, mesh: Mesh, session: Session, state: _State, folder: Path
-) -> dict[str, Any]:
-    """Export the student and write the summary with the result table."""
-    sizes = [num_parameters(stages, mesh) for stages in ([session.teacher], session.students)]
-    summary: dict[str, Any] = {}
-    if mesh.world.is_first:
-        tokens = log.steps[-1]["tokens"] if log.steps else 0
-        summary = {"finished": True, "tokens": tokens, "table": _table(log, config, sizes, state.prune_s)}
-        summary |= {
-            "student": str(folder / STUDENT_FOLDER),
-            "parameters": dict(zip(("teacher", "student"), sizes)),
-        }
-    card = model_card(config, summary) if mesh.world.is_first else ""
-    export_student(
-        session.students,
-        mesh,
-        folder / STUDENT_FOLDER,
-        source=session.models.student_folder,
-        model_config=session.student_config,
-        card=card,
-        dtype=DTYPES[config.train.dtype],
-    )
-    return broadcast_object(log.finish(summary), mesh.world)
-
-
-def _table(log: RunLog, config: Config, sizes: list[int], prune_s: float) -> list[dict[str, Any]]:
-    """Return the rows teacher, student as it started, student as it ended.
-
-    The middle one is left out when this folder's run did not begin at the first step.
-    """
-    judged = log.evaluations
-    teacher = next(line for line in judged if line["model"] == "teacher")
-    students = [line for line in judged if line["model"] == "student"]
-    start = "pruned" if config.student.model is None else "student"
-    named = [("teacher", teacher, 0.0), (f"{start} + distilled", students[-1], prune_s)]
-    if students[0]["step"] == 0:
-        named.insert(1, (start, students[0], prune_s))
-    return [
-        {
-            "model": name,
-            "parameters": sizes[0] if name == "teacher" else sizes[1],
-            "perplexity": line["eval/perplexity"],
-            "agreement": line["eval/agreement"],
-            "loss": line["eval/loss"],
-            "kl": line["eval/kl"],
-            "seconds": seconds + (log.trained_s if line is students[-1] else 0.0),
-        }
-        for name, line, seconds in named
-    ]
+    if progress.round_step:
+        running.log.say(f"going on after step {progress.step} of {running.total_steps}")

@@ -31,6 +31,9 @@ from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.weights import Entry, parameter_table
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names of the running means of the gradient and of its square."""
+
 
 class NonFiniteGradient(RuntimeError):
     """The global gradient norm is NaN or infinite; every rank raises it in the same step."""
@@ -134,7 +137,7 @@ class StageOptimizer:
             slot.view(self.flat).copy_(slot.entry.parameter)
         self.master = self.flat if main == dtype else self.flat.to(main)
         self.flat_grad = torch.zeros_like(self.master)
-        self._moments = {name: torch.zeros_like(self.master) for name in ("exp_avg", "exp_avg_sq")}
+        self._moments = {name: torch.zeros_like(self.master) for name in MOMENTS}
         for slot in self.slots:
             parameter = slot.entry.parameter
             parameter.data = slot.view(self.flat)
@@ -255,6 +258,13 @@ class StageOptimizer:
     def num_updates(self) -> int:
         """Updates that the moments have seen, for AdamW's bias correction."""
         return int(next(iter(self._adam.state.values()))["step"])
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Begin as if nothing had been updated yet."""
+        for flat in self._moments.values():
+            flat.zero_()
+        self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
         """Tell AdamW how many updates the restored moments have seen; refresh the parameters."""

@@ -142,6 +142,15 @@ class Links:
         """Whether no tensor waits here to be taken, sent or given back."""
         return not (self._inbox or self._outbox or self._loans)
 
+    def close(self) -> None:
+        """Let go of the process groups; nothing may be under way. Collectives: none."""
+        assert self.is_empty, "tensors wait in links that are closed"
+        for channel in self._outgoing.values():
+            channel.finish()
+        for channel in (*self._outgoing.values(), *self._incoming.values()):
+            dist.destroy_process_group(channel.group)
+        self._outgoing, self._incoming = {}, {}
+
     def _open(self) -> None:
         here, size = self.mesh.world.rank, self.mesh.pp.size
         for ranks in self.mesh.pipelines:

@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_run_only_begins_this_one(
     begin = reference / "checkpoints" / f"step-{STEPS - 2:08d}"
     arguments = inputs.settings(tmp_path, f"checkpoint.resume={begin}")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        interrupt(patch, "distill.train.export_student")
+        interrupt(patch, "distill.results.export_student")
         call(distill.COMMAND, arguments)
     done = call(distill.COMMAND, arguments)
     assert done.code == 0 and f"going on after step {STEPS} of {STEPS}" in done.out

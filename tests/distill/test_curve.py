@@ -73,7 +73,7 @@ def test_rounds_are_parted() -> None:
     lines = [line for line in root.findall(f"{SVG}line") if line.get("class") == "round"]
     assert len(lines) == 2
     words = [text.text for text in root.findall(f"{SVG}text")]
-    assert "round 2" in words and "round 3" in words and "round 1" not in words
+    assert "round 1" in words and "round 2" in words and "round 0" not in words
 
 
 def test_a_long_run_is_thinned_and_keeps_its_end() -> None:

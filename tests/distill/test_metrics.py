@@ -51,7 +51,13 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(config_in(tmp_path), writes=True) as log:
-        log.evaluation(step=0, round=0, model="teacher", values={"eval/loss": 2.68, "eval/perplexity": 14.6})
+        log.evaluation(
+            step=0,
+            round=0,
+            model="teacher",
+            parameters=7,
+            values={"eval/loss": 2.68, "eval/perplexity": 14.6},
+        )
         for step in (1, 2):
             log.step(numbers(step), total_steps=4)
         log.flush()
@@ -71,7 +77,7 @@ def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest
 
 def test_other_ranks_touch_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(config_in(tmp_path / "run", wandb="offline"), writes=False) as log:
-        log.evaluation(step=0, round=0, model="teacher", values={"eval/loss": 2.68})
+        log.evaluation(step=0, round=0, model="teacher", parameters=7, values={"eval/loss": 2.68})
         log.step(numbers(1), total_steps=1)
         log.say("not on this rank")
         log.finish({})
@@ -80,10 +86,10 @@ def test_other_ranks_touch_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_going_on_keeps_one_line_a_step(tmp_path: Path) -> None:
     with RunLog(config_in(tmp_path), writes=True) as log:
-        log.evaluation(step=0, round=0, model="student", values={"eval/loss": 5.0})
+        log.evaluation(step=0, round=0, model="student", parameters=5, values={"eval/loss": 5.0})
         for step in range(1, 6):
             log.step(numbers(step, loss=1.0), total_steps=8)
-        log.evaluation(step=5, round=0, model="student", values={"eval/loss": 4.0})
+        log.evaluation(step=5, round=0, model="student", parameters=5, values={"eval/loss": 4.0})
     with RunLog(config_in(tmp_path), writes=True, done_steps=3) as log:
         assert log.trained_s == 6.0 and [line["step"] for line in log.evaluations] == [0]
         for step in range(4, 9):
@@ -155,7 +161,7 @@ def test_wandb_gets_the_same_names_and_the_pictures(tmp_path: Path) -> None:
         with RunLog(config, writes=True, done_steps=done) as log:
             for step in range(done + 1, last + 1):
                 log.step(numbers(step), total_steps=3)
-            log.evaluation(step=last, round=0, model="student", values={"eval/loss": 3.5})
+            log.evaluation(step=last, round=0, model="student", parameters=5, values={"eval/loss": 3.5})
             log.finish({"table": [{"model": "student"}]})
         ids.add((tmp_path / "run" / "wandb" / "run_id").read_text())
     assert len(ids) == 1, "a run that goes on is the same run"

@@ -1,0 +1,63 @@
+"""Adam's moments over a cut: each entry that the new student has from the one before keeps its own.
+
+Decides that moments follow the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
+have, and that what came back from the teacher starts without any. Weights come from the cut student's folder. A cut of
+the residual width rescales norms (`distill.prune`); their moments keep the old scale, which AdamW forgets within
+1 / (1 - beta) steps. One whole tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from distill.kept import Kept
+from distill.recut import recut
+from distill.structure import Sizes, layout_of, student_name, teacher_name
+from parallel.checkpoint_files import CheckpointError, CheckpointFiles
+from parallel.optimizer import MOMENTS, StageOptimizer
+
+
+@torch.no_grad()
+def carry_moments(
+    files: CheckpointFiles,
+    optimizer: StageOptimizer,
+    *,
+    updates: int,
+    teacher_shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    old: Kept,
+    new: Kept,
+) -> None:
+    """Fill this rank's moments from the checkpoint of a student that was cut differently.
+
+    Args:
+        files: tensors of the checkpoint.
+        optimizer: of the new student.
+        updates: that the checkpoint's moments have seen.
+        teacher_shapes: shape of each parameter of the teacher, by name.
+        sizes: the teacher's.
+        old, new: units of the teacher that the checkpoint's student and the new one keep.
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape than `old` says.
+    """
+    for entry, views in optimizer.state():
+        name = teacher_name(entry.name, new)
+        layout = layout_of(name, teacher_shapes[name], sizes)
+        before = student_name(name, old)
+        for kind in MOMENTS:
+            view = views[kind].zero_()
+            if before is None:
+                continue
+            try:
+                whole = recut(files.read(f"{kind}/{before}"), layout, sizes, old, new)
+            except IndexError as error:
+                raise CheckpointError(
+                    f"{kind}/{before} is not that of the student before: {error}"
+                ) from error
+            part = whole
+            if entry.shard is not None:
+                part = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
+            view.copy_(part)
+    optimizer.set_updates(updates)

@@ -1,0 +1,94 @@
+"""What a run hands over: each round's student as a Hugging Face folder, the table of results, the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.config import Config
+from distill.deploy.export import export_student, model_card
+from distill.loading import DTYPES
+from distill.metrics import RunLog
+from distill.rounds import STUDENT_FOLDER, Progress
+from distill.session import Session
+from parallel.mesh import Mesh
+
+
+def export_round(
+    log: RunLog,
+    config: Config,
+    settings: Config,
+    mesh: Mesh,
+    session: Session,
+    target: Path,
+    progress: Progress,
+) -> None:
+    """Write the student of a round that has ended to `target`, with its model card.
+
+    Args:
+        config, settings: of the run, and of the round.
+    Collectives: those of `export_student`.
+    """
+    card = ""
+    if mesh.world.is_first:
+        card = model_card(settings, {"tokens": progress.tokens, "table": result_table(log, config, progress)})
+    export_student(
+        session.students,
+        mesh,
+        target,
+        source=session.models.student_folder,
+        model_config=session.student_config,
+        card=card,
+        dtype=DTYPES[config.train.dtype],
+    )
+
+
+def run_summary(
+    log: RunLog,
+    config: Config,
+    rounds: Sequence[Config],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what `summary.json` says of a run that has ended, beside what the log knows."""
+    table = result_table(log, config, progress)
+    return {
+        "finished": True,
+        "tokens": progress.tokens,
+        "round_steps": [settings.train.steps for settings in rounds],
+        "rounds_done": progress.round + 1,
+        "table": table,
+        "student": str(Path(config.run.dir) / STUDENT_FOLDER),
+        "parameters": {"teacher": table[0]["parameters"], "student": table[-1]["parameters"]},
+    }
+
+
+def result_table(log: RunLog, config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Return the rows teacher, then for each round its student as it started and as it ended.
+
+    The start is left out where it was not judged: of a round that cuts nothing, or of a run that went on from another
+    run's checkpoint.
+    """
+    judged = log.evaluations
+    teacher = next(line for line in judged if line["model"] == "teacher")
+    named = [("teacher", teacher, 0.0)]
+    for index in range(progress.round + 1):
+        words = f"round {index}: " if len(config.rounds) > 1 else ""
+        start = "pruned" if config.student.model is None or index else "student"
+        lines = [line for line in judged if line["model"] == "student" and line["round"] == index]
+        trained = [line["step"] for line in log.steps if line["round"] == index]
+        if len(lines) > 1 and (not trained or lines[0]["step"] < trained[0]):
+            named.append((f"{words}{start}", lines[0], progress.prune_s))
+        named.append((f"{words}{start} + distilled", lines[-1], progress.prune_s))
+    return [
+        {
+            "model": name,
+            "parameters": line["parameters"],
+            "perplexity": line["eval/perplexity"],
+            "agreement": line["eval/agreement"],
+            "loss": line["eval/loss"],
+            "kl": line["eval/kl"],
+            "seconds": prune_s + (log.seconds_before(line["step"]) if line is not teacher else 0.0),
+        }
+        for name, line, prune_s in named
+    ]

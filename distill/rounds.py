@@ -1,0 +1,141 @@
+"""The rounds of a run: what each is trained with, how far the run is, and whether a round was good enough.
+
+Decides what a round may take from those before it: its teacher may be the student of an earlier round (`previous`,
+`round-N`), its student begins as the one the round before left, cut anew where `student.prune` says something else. All cuts
+count the units of the first round's teacher. Gates look at the held-out gap: the student's loss less that of the first
+round's teacher, nats per token. What is here depends on settings and numbers alone, so every rank decides alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distill.config import Config, ConfigError, Gate
+from distill.convert import round_config
+
+STUDENT_FOLDER = "student"
+CUT_FOLDER = "pruned"
+_PREVIOUS = "previous"
+_ROUND = re.compile(r"round-(\d+)")
+
+
+def round_folder(folder: Path, index: int) -> Path:
+    """Return where the student of a round that is not the last is exported to, in the run's folder."""
+    return folder / f"round-{index}"
+
+
+def rounds_of(config: Config) -> tuple[Config, ...]:
+    """Return the settings of each round, with folders in place of the words for earlier rounds' students.
+
+    Raises:
+        ConfigError: a round names a student that is not there by then, or a key that a round may not override.
+    """
+    folder = Path(config.run.dir or ".")
+    rounds = []
+    for index in range(len(config.rounds)):
+        settings = round_config(config, index)
+        source = _earlier_round(settings.teacher.model, index)
+        if source is not None:
+            teacher = replace(settings.teacher, model=str(round_folder(folder, source)))
+            settings = replace(settings, teacher=teacher)
+        rounds.append(settings)
+    return tuple(rounds)
+
+
+def _earlier_round(name: str | None, index: int) -> int | None:
+    """Return which earlier round's student a teacher's name means; None for a model of its own."""
+    if name is None:
+        return None
+    found = _ROUND.fullmatch(name)
+    if name != _PREVIOUS and found is None:
+        return None
+    source = index - 1 if found is None else int(found[1])
+    if not 0 <= source < index:
+        raise ConfigError(
+            f"rounds[{index}].teacher.model={name} is the student of a round that does not come before; use a model"
+            + (f", previous, or round-0 to round-{index - 1}" if index else "")
+        )
+    return source
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where the student of a round comes from."""
+
+    origin: str
+    """The model whose units all cuts count: the first round's teacher."""
+    previous: Path | None
+    """The student of the round before; None in the first."""
+    begins: Path | None
+    """The student that the round begins with, which is made if it is not there; None where `student.model` names it."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the round cuts its student."""
+        return self.begins is not None and self.begins != self.previous
+
+
+def lineage_of(rounds: Sequence[Config], index: int) -> Lineage:
+    """Return where the student of round `index` comes from."""
+    folder = Path(rounds[0].run.dir or ".")
+    settings, origin = rounds[index], rounds[0].teacher.model
+    if index == 0:
+        return Lineage(origin, None, folder / CUT_FOLDER if settings.student.model is None else None)
+    previous = round_folder(folder, index - 1)
+    if settings.student == rounds[index - 1].student:
+        return Lineage(origin, previous, previous)
+    return Lineage(origin, previous, folder / f"{CUT_FOLDER}-{index}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; what a checkpoint holds beside the optimizer."""
+
+    step: int = 0
+    """Optimizer steps done, over all rounds."""
+    round: int = 0
+    attempt: int = 0
+    """Times this round has been trained before (`gate.repeat_until`)."""
+    round_step: int = 0
+    """Steps done of this training of the round."""
+    rows: int = 0
+    """Rows trained on: where the text goes on."""
+    tokens: int = 0
+    """Valid tokens trained on."""
+    prune_s: float = 0.0
+    """Seconds that making students took."""
+
+    def after_step(self, *, rows: int, tokens: int) -> Progress:
+        """Return the progress one step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            round_step=self.round_step + 1,
+            rows=self.rows + rows,
+            tokens=self.tokens + tokens,
+        )
+
+    def next_round(self) -> Progress:
+        """Return the progress at the first step of the next round."""
+        return replace(self, round=self.round + 1, attempt=0, round_step=0)
+
+    def again(self) -> Progress:
+        """Return the progress at the first step of the same round's next training."""
+        return replace(self, attempt=self.attempt + 1, round_step=0)
+
+
+def verdict(gate: Gate, *, gap: float, attempt: int) -> str:
+    """Return what follows a round: `next`, `again` or `stop`.
+
+    Args:
+        gap: the student's held-out loss less the teacher's, nats per token.
+        attempt: times the round had been trained before.
+    """
+    if gate.repeat_until is not None and gap > gate.repeat_until and attempt + 1 < gate.repeats:
+        return "again"
+    if gate.stop_if is not None and gap > gate.stop_if:
+        return "stop"
+    return "next"

@@ -1,0 +1,210 @@
+"""Whole runs of several rounds: shrinking, growing, repeated, stopped, and killed in the middle of any of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.prune import load_kept
+from launch import distill
+from tests.commands.test_resume import interrupt
+from tests.commands.tiny_run import Done, Inputs, call, metrics, start
+
+SHRINKS = "rounds=[{train: {steps: 4}}, {student: {prune: {hidden_size: 24, num_layers: 2}}, optimizer: {lr: 0.002}}]"
+GROWS = "rounds=[{student: {prune: {hidden_size: 24, num_layers: 2}}}, {train: {steps: 4}}]"
+ASSISTANT = "rounds=[{}, {teacher: {model: previous}, student: {prune: {num_layers: 2}}}]"
+CORRECTED = (
+    "rounds=[{student: {prune: {pruning_ratio: 0, num_layers: null, intermediate_size: null, num_key_value_heads: null}}, "
+    "loss: {alpha: 1}, train: {steps: 3}}, {teacher: {model: round-0}}]"
+)
+STEPS = 6
+
+
+def settings(inputs: Inputs, folder: Path, *overrides: str) -> list[str]:
+    return inputs.settings(folder, f"train.steps={STEPS}", "checkpoint.every=3", *overrides)
+
+
+def weights(folder: Path) -> dict[str, list[float]]:
+    return {
+        name: each.tolist()
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, each in load_file(path).items()
+    }
+
+
+def trajectory(folder: Path) -> list[tuple[float, ...]]:
+    keys = ("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft", "optim/grad_norm", "optim/lr")
+    return [tuple(line[key] for key in keys) for line in metrics(folder)]
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    assert trajectory(folder) == trajectory(expected)
+    for name in ("round-0", "student"):
+        assert weights(folder / name) == weights(expected / name)
+    judged = [(folder_ / "evaluations.jsonl").read_text() for folder_ in (folder, expected)]
+    assert judged[0] == judged[1]
+
+
+def finished(done: Done) -> None:
+    assert done.code == 0, done.err
+
+
+@pytest.fixture(scope="module")
+def shrunk(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shrunk")
+    finished(call(distill.COMMAND, settings(inputs, folder, SHRINKS)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grown")
+    finished(call(distill.COMMAND, settings(inputs, folder, GROWS)))
+    return folder
+
+
+def test_each_round_leaves_its_student_and_its_lines(shrunk: Path) -> None:
+    lines = metrics(shrunk)
+    assert [(line["step"], line["round"]) for line in lines] == [
+        (n, 0 if n <= 4 else 1) for n in range(1, 11)
+    ]
+    assert [line["optim/lr"] for line in lines][4] == 0.002, "each round has its own learning rate"
+    first, last = (AutoConfig.from_pretrained(shrunk / name) for name in ("round-0", "student"))
+    assert (first.num_hidden_layers, last.num_hidden_layers) == (3, 2)
+    assert first.hidden_size > last.hidden_size == 24
+    AutoModelForCausalLM.from_pretrained(shrunk / "student")
+    (old, _), (new, _) = (load_kept(shrunk / name) for name in ("round-0", "student"))
+    assert set(new.layers) < set(old.layers)
+    assert set(new.hidden.tolist()) < set(old.hidden.tolist())
+    assert all(new.ffn[layer].equal(old.ffn[layer]) for layer in new.layers)
+    summary = json.loads((shrunk / "summary.json").read_text())
+    assert summary["finished"] and summary["round_steps"] == [4, 6] and summary["rounds_done"] == 2
+    names = [
+        "teacher",
+        "round 0: pruned",
+        "round 0: pruned + distilled",
+        "round 1: pruned",
+        "round 1: pruned + distilled",
+    ]
+    assert [row["model"] for row in summary["table"]] == names
+    sizes = [row["parameters"] for row in summary["table"]]
+    assert sizes[0] > sizes[1] == sizes[2] > sizes[3] == sizes[4]
+    assert "round 1" in (shrunk / "curve.svg").read_text()
+
+
+def test_moments_come_along(inputs: Inputs, shrunk: Path, tmp_path: Path) -> None:
+    finished(call(distill.COMMAND, settings(inputs, tmp_path, SHRINKS, "optimizer.moments=reset")))
+    mine, theirs = trajectory(tmp_path), trajectory(shrunk)
+    assert mine[:5] == theirs[:5], "the first loss after the cut does not know of moments"
+    assert mine[5] != theirs[5]
+
+
+def test_what_was_dropped_comes_back_from_the_teacher(inputs: Inputs, grown: Path) -> None:
+    (old, _), (new, _) = (load_kept(grown / name) for name in ("round-0", "student"))
+    assert set(old.layers) < set(new.layers) and len(new.layers) == 3
+    (restored,) = set(new.layers) - set(old.layers)
+    teacher, begun = (
+        load_file(inputs.teacher / "model.safetensors"),
+        load_file(grown / "pruned-1" / "model.safetensors"),
+    )
+    place, name = new.layers.index(restored), "self_attn.q_norm.weight"
+    assert begun[f"model.layers.{place}.{name}"].equal(teacher[f"model.layers.{restored}.{name}"])
+    trained, kept_layer = load_file(grown / "round-0" / "model-stage000-00000.safetensors"), old.layers[0]
+    place = new.layers.index(kept_layer)
+    assert begun[f"model.layers.{place}.{name}"].equal(trained[f"model.layers.0.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "place", "call_number"),
+    [
+        (SHRINKS, "parallel.checkpoint.write_shards", 3),  # in the second round
+        (SHRINKS, "distill.train.export_round", 1),  # the first round's student is not there yet
+        (SHRINKS, "distill.resume.carry_moments", 1),  # the second round has not begun
+        (GROWS, "parallel.checkpoint.write_shards", 4),
+        (GROWS, "distill.recut.write_student", 1),
+    ],
+)
+def test_killed_anywhere_it_ends_the_same(
+    rounds: str,
+    place: str,
+    call_number: int,
+    inputs: Inputs,
+    shrunk: Path,
+    grown: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = settings(inputs, tmp_path, rounds)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        interrupt(patch, place, call_number=call_number)
+        call(distill.COMMAND, arguments)
+    finished(call(distill.COMMAND, arguments))
+    assert_same(tmp_path, shrunk if rounds == SHRINKS else grown)
+
+
+def test_the_student_of_a_round_teaches_the_next(inputs: Inputs, tmp_path: Path) -> None:
+    done = call(distill.COMMAND, settings(inputs, tmp_path, ASSISTANT))
+    finished(done)
+    assert f"round 1: {tmp_path / 'round-0'}: 3 layers; student: 2 layers" in done.out
+    assert len(metrics(tmp_path)) == 2 * STEPS
+
+
+def test_a_corrected_teacher(inputs: Inputs, tmp_path: Path) -> None:
+    finished(call(distill.COMMAND, settings(inputs, tmp_path, CORRECTED)))
+    table = json.loads((tmp_path / "summary.json").read_text())["table"]
+    assert table[1]["parameters"] == table[0]["parameters"] and table[1]["loss"] == table[0]["loss"]
+    assert table[2]["loss"] < table[1]["loss"], "training on the text brings the teacher nearer to it"
+    assert table[3]["parameters"] < table[2]["parameters"]
+
+
+def test_gates(inputs: Inputs, tmp_path: Path) -> None:
+    again = call(
+        distill.COMMAND,
+        settings(inputs, tmp_path / "again", "gate.repeat_until=-100", "gate.repeats=2", "train.steps=3"),
+    )
+    finished(again)
+    assert again.out.count("is above gate.repeat_until=-100.0: once more") == 1
+    lines = metrics(tmp_path / "again")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[0]["optim/lr"] == lines[3][
+        "optim/lr"
+    ]
+    assert len({line["loss/total"] for line in lines}) == 6, "the text goes on"
+    stopped = call(distill.COMMAND, settings(inputs, tmp_path / "stop", SHRINKS, "gate.stop_if=-100"))
+    finished(stopped)
+    assert "round 0: gap" in stopped.out and "is above gate.stop_if=-100.0: the run ends here" in stopped.out
+    assert len(metrics(tmp_path / "stop")) == 4 and (tmp_path / "stop" / "student").is_dir()
+    assert not (tmp_path / "stop" / "round-0").exists()
+
+
+def test_mistakes(inputs: Inputs, tmp_path: Path) -> None:
+    for rounds, words in (
+        (
+            "rounds=[{teacher: {model: previous}}]",
+            "rounds[0].teacher.model=previous is the student of a round",
+        ),
+        ("rounds=[{}, {teacher: {model: round-1}}]", "use a model, previous, or round-0 to round-0"),
+        ("rounds=[{mesh: {pp: 2}}]", "rounds[0].mesh.pp cannot differ between rounds"),
+        ("rounds=[{}, {train: {tokens: 0}}]", "train.tokens=0 must be greater than 0"),
+    ):
+        done = call(distill.COMMAND, settings(inputs, tmp_path / "run", rounds))
+        assert done.code == 2 and words in done.err and not (tmp_path / "run").exists(), done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(2, ["mesh.pp=2"]), (2, ["mesh.tp=2"]), (4, ["mesh.pp=2", "mesh.tp=2"])]
+)
+def test_layouts_have_one_trajectory(
+    num_ranks: int, layout: list[str], inputs: Inputs, shrunk: Path, tmp_path: Path
+) -> None:
+    finished(
+        start("launch.distill", settings(inputs, tmp_path, SHRINKS, *layout), num_ranks=num_ranks).end(
+            timeout_s=300
+        )
+    )
+    for mine, single in zip(trajectory(tmp_path), trajectory(shrunk), strict=True):
+        assert mine == pytest.approx(single, rel=1e-4, abs=1e-5)

@@ -1,0 +1,94 @@
+"""What a round takes from those before it, and when it is good enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.config import Config, ConfigError, Gate, Prune, Run, Student, Teacher
+from distill.rounds import Progress, lineage_of, rounds_of, verdict
+
+
+def config(*rounds: dict, model: str | None = None) -> Config:
+    return Config(
+        teacher=Teacher(model="big"), student=Student(model=model), run=Run(dir="run"), rounds=tuple(rounds)
+    )
+
+
+def test_rounds_have_their_own_settings_and_name_earlier_students() -> None:
+    first, second, third = rounds_of(
+        config(
+            {"loss": {"alpha": 0.5}},
+            {"teacher": {"model": "previous"}, "train": {"tokens": 10_000}},
+            {"teacher": {"model": "round-0"}, "data": {"seq_len": 64}},
+        )
+    )
+    assert (first.teacher.model, second.teacher.model, third.teacher.model) == (
+        "big",
+        "run/round-0",
+        "run/round-0",
+    )
+    assert (first.loss.alpha, second.loss.alpha) == (0.5, 0.3)
+    assert second.train.steps == 1 and first.train.steps == 1000, "10,000 tokens are less than 32 rows of 512"
+    assert (second.data.seq_len, third.data.seq_len) == (512, 64)
+
+
+@pytest.mark.parametrize(
+    ("index", "name"), [(0, "previous"), (0, "round-0"), (1, "round-1"), (1, "round-7"), (2, "round-2")]
+)
+def test_a_student_that_is_not_there_yet_teaches_nobody(index: int, name: str) -> None:
+    rounds = [{}, {}, {}]
+    rounds[index] = {"teacher": {"model": name}}
+    with pytest.raises(ConfigError, match=rf"rounds\[{index}\].teacher.model={name}"):
+        rounds_of(config(*rounds))
+
+
+def test_where_students_come_from() -> None:
+    smaller = {"student": {"prune": {"num_layers": 3}}}
+    rounds = rounds_of(config({}, smaller, {**smaller, "loss": {"alpha": 0}}, {}))
+    lineages = [lineage_of(rounds, index) for index in range(4)]
+    folder = Path("run")
+    assert [each.origin for each in lineages] == ["big"] * 4
+    assert [each.previous for each in lineages] == [None, *(folder / f"round-{index}" for index in range(3))]
+    assert [each.begins for each in lineages] == [
+        folder / "pruned",
+        folder / "pruned-1",
+        folder / "round-1",
+        folder / "pruned-3",
+    ]
+    assert [each.cuts for each in lineages] == [True, True, False, True]
+
+
+def test_a_ready_student_is_not_cut_in_the_first_round() -> None:
+    rounds = rounds_of(config({}, {"student": {"prune": {"num_layers": 3}}}, model="small"))
+    first, second = lineage_of(rounds, 0), lineage_of(rounds, 1)
+    assert first.begins is None and not first.cuts
+    assert second.cuts and second.previous == Path("run/round-0")
+    assert rounds[1].student == replace(Student(model="small"), prune=Prune(num_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("gate", "gap", "attempt", "expected"),
+    [
+        (Gate(), 9.0, 0, "next"),
+        (Gate(stop_if=0.5), 0.5, 0, "next"),
+        (Gate(stop_if=0.5), 0.6, 0, "stop"),
+        (Gate(repeat_until=0.5), 0.5, 0, "next"),
+        (Gate(repeat_until=0.5), 0.6, 0, "again"),
+        (Gate(repeat_until=0.5), 0.6, 1, "again"),
+        (Gate(repeat_until=0.5), 0.6, 2, "next"),
+        (Gate(repeat_until=0.5, stop_if=0.55), 0.6, 2, "stop"),
+        (Gate(repeat_until=0.5, repeats=1), 0.6, 0, "next"),
+    ],
+)
+def test_gates(gate: Gate, gap: float, attempt: int, expected: str) -> None:
+    assert verdict(gate, gap=gap, attempt=attempt) == expected
+
+
+def test_progress_counts_what_the_next_round_needs() -> None:
+    progress = Progress().after_step(rows=4, tokens=100).after_step(rows=4, tokens=90)
+    assert progress == Progress(step=2, round_step=2, rows=8, tokens=190)
+    assert progress.again() == Progress(step=2, attempt=1, rows=8, tokens=190)
+    assert progress.again().next_round() == Progress(step=2, round=1, rows=8, tokens=190)
