@@ -54,7 +54,8 @@ _NOT_NEGATIVE = (
 )
 _SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
 _WORDS = {
-    "student.prune.method": ("activation", "l1"),
+    "student.prune.method": ("activation", "l1", "l2", "random"),
+    "student.prune.depth_method": (None, "block_influence", "leave_one_out", "random"),
     "loss.kind": ("forward_kl",),
     "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     "pipeline.teacher": ("fill", "inline", "batch"),
@@ -189,7 +190,7 @@ def _check_values(flat: dict[str, Any]) -> None:
             continue
         if value in _LATER.get(key, ()):
             raise ConfigError(f"{key}={value} is not built yet; use {either(words)}")
-        raise ConfigError(f"{key}={value} is not known; use {either(words)}")
+        raise ConfigError(f"{key}={show(value)} is not known; use {either(map(show, words))}")
     for key in _POSITIVE:
         if flat[key] is not None and not 0 < flat[key] < math.inf:
             raise ConfigError(f"{key}={flat[key]} must be greater than 0")

@@ -27,7 +27,9 @@ class Teacher:
 @dataclass(frozen=True)
 class Prune:
     method: str = "activation"
-    """How importance is scored: `activation` (over a calibration text) or `l1` (weights only)."""
+    """How importance is scored: `activation` (over a calibration text), `l1` or `l2` (weights only), or `random` (a control)."""
+    depth_method: str | None = None
+    """How layers are scored: `block_influence`, `leave_one_out` (a forward pass for each layer) or `random`; null is what `method` gives."""
     pruning_ratio: float = 0.4
     """Share of the feed-forward channels to remove when `intermediate_size` is null; 0 removes none."""
     min_channels: int = 8
@@ -45,7 +47,7 @@ class Prune:
     layers: tuple[int, ...] | None = None
     """Indices of the teacher's layers to keep, in order; null lets `num_layers` choose."""
     calibration_rows: int = 32
-    """Training rows of `data.seq_len` tokens over which activations are measured."""
+    """Training rows of `data.seq_len` tokens over which activations, and losses without a layer, are measured."""
 
 
 @dataclass(frozen=True)

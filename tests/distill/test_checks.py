@@ -62,6 +62,8 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"checkpoint": {"resume": "nowhere"}}, "checkpoint.resume=nowhere is no folder; use auto, none or"),
         ({"log": {"wandb": "on"}}, "log.wandb=on is not known; use offline, online or disabled"),
         ({"student": {"prune": {"pruning_ratio": 1.0}}}, "student.prune.pruning_ratio=1.0 must be 0 or more and less"),
+        ({"student": {"prune": {"method": "l3"}}}, "student.prune.method=l3 is not known; use activation, l1, l2 or random"),
+        ({"student": {"prune": {"depth_method": "l1"}}}, "student.prune.depth_method=l1 is not known; use null, block_influence, leave_one_out or random"),
         ({"student": {"prune": {"layers": [2, 1]}}}, "student.prune.layers=[2,1] must be layer indices from 0 up"),
         ({"student": {"prune": {"layers": [0, 1], "num_layers": 3}}}, "student.prune.num_layers=3 but student.prune.layers"),
         ({"data": {"path": "pydoc", "held_out_fraction": 0}}, "data.held_out_fraction=0.0 must be greater than 0"),
