@@ -51,11 +51,27 @@ class Prune:
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    method: str | None = None
+    """Which weights of the linears in decoder layers are held at zero: those with the least `magnitude`, or by `wanda` (magnitude times how strongly the calibration text drives the input); null holds none."""
+    pattern: str = "unstructured"
+    """`unstructured`, or `2:4`: two of each four neighbours along the input dim."""
+    ratio: float = 0.5
+    """Share of the weights that are held at zero in the end; `2:4` is 0.5."""
+    schedule: str = "at_once"
+    """How the share is reached: `at_once` before the first step, or rising `cubic` (fast, then slow) or `linear`."""
+    steps: int | None = None
+    """Optimizer steps over which the share rises with `cubic` and `linear`; null takes half of `train.steps`."""
+
+
+@dataclass(frozen=True)
 class Student:
     model: str | None = None
     """Hub id or local folder of a ready student; null prunes one out of the teacher."""
     prune: Prune = field(default_factory=Prune)
     """Shape of the pruned student."""
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    """Weights that are held at zero through the training."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
 from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
 from distill.planning import Planner
+from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
@@ -43,6 +44,8 @@ class Session:
     """Channels of their own: a teacher that is ahead has messages under way on the training's."""
     prune_s: float
     """Seconds that making the student took; 0 when it was there."""
+    sparsifier: Sparsifier | None
+    """Chooses which weights are held at zero; None where none are."""
 
 
 def open_session(config: Config, mesh: Mesh) -> Session:
@@ -66,6 +69,15 @@ def open_session(config: Config, mesh: Mesh) -> Session:
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
+    judging_links = _forward_links(config, mesh, models, students, teacher)
+    sparsifier = sparsify(
+        config,
+        mesh,
+        stages=students,
+        optimizer=step.optimizer,
+        links=judging_links,
+        microbatches=corpus.calibration(config, mesh),
+    )
     return Session(
         models=models,
         corpus=corpus,
@@ -75,8 +87,9 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         planner=planner,
         step=step,
         judging=corpus.judging(config, mesh),
-        judging_links=_forward_links(config, mesh, models, students, teacher),
+        judging_links=judging_links,
         prune_s=prune_s,
+        sparsifier=sparsifier,
     )
 
 

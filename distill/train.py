@@ -103,6 +103,8 @@ def _train(
         except Exception as error:
             error.add_note(f"This was step {state.step + 1} of {total_steps}, counted from 1.")
             raise
+        if session.sparsifier is not None:
+            session.sparsifier.advance(state.step)
         state.step += 1
         state.tokens += stats.num_valid_tokens
         stopping, peak_bytes = _agree(mesh, stop)
@@ -216,6 +218,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Export the student and write the summary with the result table."""
     sizes = [num_parameters(stages, mesh) for stages in ([session.teacher], session.students)]
+    zero_share = session.sparsifier.share() if session.sparsifier is not None else 0.0
     summary: dict[str, Any] = {}
     if mesh.world.is_first:
         tokens = log.steps[-1]["tokens"] if log.steps else 0
@@ -224,6 +227,8 @@ def _finish(
             "student": str(folder / STUDENT_FOLDER),
             "parameters": dict(zip(("teacher", "student"), sizes)),
         }
+        if session.sparsifier is not None:
+            summary["sparsity"] = {"pattern": config.student.sparsity.pattern, "share": zero_share}
     card = model_card(config, summary) if mesh.world.is_first else ""
     export_student(
         session.students,
