@@ -55,7 +55,7 @@ class Sparsity:
     method: str | None = None
     """Which weights of the linears in decoder layers are held at zero: those with the least `magnitude`, or by `wanda` (magnitude times how strongly the calibration text drives the input); null holds none."""
     pattern: str = "unstructured"
-    """`unstructured`, or `2:4`: two of each four neighbours along the input dim."""
+    """`unstructured`, or `2:4` (in YAML with quotes): two of each four neighbours along the input dim."""
     ratio: float = 0.5
     """Share of the weights that are held at zero in the end; `2:4` is 0.5."""
     schedule: str = "at_once"

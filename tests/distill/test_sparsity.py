@@ -165,6 +165,23 @@ def test_equal_weights_go_by_their_order(tmp_path: Path) -> None:
     ).all()
 
 
+def test_weights_that_are_zero_by_themselves_add_nothing_to_the_share(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    stage = build_stage(config, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64)
+    load_weights(stage, save_tiny(tmp_path, config))
+    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), RATE)
+    settings = Sparsity(method="magnitude", schedule="linear", steps=4)
+    sparsifier = Sparsifier([stage], optimizer, settings, total_steps=9)
+    for step in range(4):
+        before = optimizer.mask.clone()
+        sparsifier.advance(step)
+        assert optimizer.mask[before].all(), "what is held stays held"
+        assert sparsifier.share() == pytest.approx(0.125 * (step + 1), abs=1e-3)
+        # As many zeros as are held next, before them in every matrix.
+        for slot in optimizer.slots:
+            slot.view(optimizer.master)[:8] = 0
+
+
 def test_a_group_that_tp_cuts_is_refused(tmp_path: Path) -> None:
     config = tiny_config("llama", intermediate_size=44)
     tp = Axis("tp", size=2, rank=0)
