@@ -27,6 +27,7 @@ _POSITIVE = (
     "student.prune.num_attention_heads",
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
+    "student.sparsity.steps",
     "loss.temperature",
     "mesh.pp",
     "mesh.tp",
@@ -57,7 +58,11 @@ _NOT_NEGATIVE = (
 )
 _SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
 _WORDS = {
-    "student.prune.method": ("activation", "l1"),
+    "student.prune.method": ("activation", "l1", "l2", "random"),
+    "student.prune.depth_method": (None, "block_influence", "leave_one_out", "random"),
+    "student.sparsity.method": (None, "magnitude", "wanda"),
+    "student.sparsity.pattern": ("unstructured", "2:4"),
+    "student.sparsity.schedule": ("at_once", "cubic", "linear"),
     "loss.kind": ("forward_kl",),
     "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     "pipeline.teacher": ("fill", "inline", "batch"),
@@ -157,6 +162,8 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
                 f"use at most {longest}"
             )
     _check_heads(config.mesh.tp, models)
+    if config.student.sparsity.method is not None and config.student.sparsity.pattern == "2:4":
+        _check_groups(config.mesh.tp, models["student"])
     sizes = {who: model.vocab_size for who, model in models.items()}
     if sizes["teacher"] != sizes["student"]:
         raise ConfigError(
@@ -181,6 +188,24 @@ def _check_heads(tp: int, models: dict[str, Any]) -> None:
             )
 
 
+def _check_groups(tp: int, student: Any) -> None:
+    """Check that the inputs of every linear come in whole groups of four, also where tp cuts them."""
+    heads = student.num_attention_heads
+    head_width = getattr(student, "head_dim", None) or student.hidden_size // heads
+    cut = {"intermediate_size": student.intermediate_size, "query heads x head width": heads * head_width}
+    for name, size, parts in (
+        ("hidden_size", student.hidden_size, 1),
+        *((*item, tp) for item in cut.items()),
+    ):
+        if size % (4 * parts):
+            fitting = [count for count in range(1, parts) if size % (4 * count) == 0]
+            advice = f"mesh.tp={either(fitting)}" if fitting else "student.sparsity.pattern=unstructured"
+            raise ConfigError(
+                f"student.sparsity.pattern=2:4 needs inputs in groups of four on every rank, but mesh.tp={tp} does not "
+                f"leave {name}={size} of the student in such; use {advice}"
+            )
+
+
 def _check_rounds(config: Config) -> None:
     if not config.rounds:
         raise ConfigError(
@@ -196,7 +221,7 @@ def _check_values(flat: dict[str, Any]) -> None:
             continue
         if value in _LATER.get(key, ()):
             raise ConfigError(f"{key}={value} is not built yet; use {either(words)}")
-        raise ConfigError(f"{key}={value} is not known; use {either(words)}")
+        raise ConfigError(f"{key}={show(value)} is not known; use {either(map(show, words))}")
     for key in _POSITIVE:
         if flat[key] is not None and not 0 < flat[key] < math.inf:
             raise ConfigError(f"{key}={flat[key]} must be greater than 0")
@@ -220,6 +245,7 @@ def _check_values(flat: dict[str, Any]) -> None:
 def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
     _check_virtual_stages(flat)
+    _check_sparsity(flat)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -240,6 +266,24 @@ def _check_related(flat: dict[str, Any]) -> None:
     if num_layers not in (None, len(layers)):
         raise ConfigError(
             f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
+        )
+
+
+def _check_sparsity(flat: dict[str, Any]) -> None:
+    ratio, steps = flat["student.sparsity.ratio"], flat["student.sparsity.steps"]
+    if not 0 < ratio < 1:
+        raise ConfigError(f"student.sparsity.ratio={ratio} must be greater than 0 and less than 1")
+    if flat["student.sparsity.pattern"] == "2:4" and ratio != 0.5:
+        raise ConfigError(
+            f"student.sparsity.ratio={ratio} does not go with student.sparsity.pattern=2:4; use 0.5, or unstructured"
+        )
+    if steps is not None and flat["student.sparsity.schedule"] == "at_once":
+        raise ConfigError(
+            f"student.sparsity.steps={steps} does not go with student.sparsity.schedule=at_once; use null, cubic or linear"
+        )
+    if steps is not None and steps > flat["train.steps"]:
+        raise ConfigError(
+            f"student.sparsity.steps={steps} is more than train.steps={flat['train.steps']}; use fewer"
         )
 
 

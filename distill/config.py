@@ -27,7 +27,9 @@ class Teacher:
 @dataclass(frozen=True)
 class Prune:
     method: str = "activation"
-    """How importance is scored: `activation` (over a calibration text) or `l1` (weights only)."""
+    """How importance is scored: `activation` (over a calibration text), `l1` or `l2` (weights only), or `random` (a control)."""
+    depth_method: str | None = None
+    """How layers are scored: `block_influence`, `leave_one_out` (a forward pass for each layer) or `random`; null is what `method` gives."""
     pruning_ratio: float = 0.4
     """Share of the feed-forward channels to remove when `intermediate_size` is null; 0 removes none."""
     min_channels: int = 8
@@ -45,7 +47,21 @@ class Prune:
     layers: tuple[int, ...] | None = None
     """Indices of the teacher's layers to keep, in order; null lets `num_layers` choose."""
     calibration_rows: int = 32
-    """Training rows of `data.seq_len` tokens over which activations are measured."""
+    """Training rows of `data.seq_len` tokens over which activations, and losses without a layer, are measured."""
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    method: str | None = None
+    """Which weights of the linears in decoder layers are held at zero: those with the least `magnitude`, or by `wanda` (magnitude times how strongly the calibration text drives the input); null holds none."""
+    pattern: str = "unstructured"
+    """`unstructured`, or `2:4` (in YAML with quotes): two of each four neighbours along the input dim."""
+    ratio: float = 0.5
+    """Share of the weights that are held at zero in the end; `2:4` is 0.5."""
+    schedule: str = "at_once"
+    """How the share is reached: `at_once` before the first step, or rising `cubic` (fast, then slow) or `linear`."""
+    steps: int | None = None
+    """Optimizer steps over which the share rises with `cubic` and `linear`; null takes half of `train.steps`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class Student:
     """Hub id or local folder of a ready student; null prunes one out of the teacher."""
     prune: Prune = field(default_factory=Prune)
     """Shape of the pruned student."""
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    """Weights that are held at zero through the training."""
 
 
 @dataclass(frozen=True)

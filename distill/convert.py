@@ -16,7 +16,7 @@ from typing import Any
 from distill.config import Config, ConfigError
 
 ROUND_KEYS = (
-    *("student.prune", "loss", "teacher", "gate", "data.path", "data.seq_len"),
+    *("student.prune", "student.sparsity", "loss", "teacher", "gate", "data.path", "data.seq_len"),
     *("train.steps", "train.tokens", "train.global_batch_size", "train.microbatch_size"),
     *(
         "optimizer.lr",

@@ -172,9 +172,7 @@ def _rounds(steps: Sequence[Mapping[str, Any]], scale: Scale) -> list[str]:
         if line["round"] != before["round"]:
             x = scale.x((before["step"] + line["step"]) / 2)
             parts.append(f'<line class="round" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}"/>')
-            parts.append(
-                f'<text class="note" x="{x + 5:.1f}" y="{TOP + 12}">round {line["round"]}</text>'
-            )
+            parts.append(f'<text class="note" x="{x + 5:.1f}" y="{TOP + 12}">round {line["round"]}</text>')
     return parts
 
 

@@ -99,7 +99,7 @@ def evaluate(
     all_reduce_(total, mesh.world)
     nll, kl, agreement, correct, count = total.tolist()
     if count == 0:
-        raise ValueError("the held-out text has no token to judge")
+        raise ValueError("the text has no token to judge")
     alone = reference is None
     return Quality(
         loss=nll / count,

@@ -1,18 +1,19 @@
 """How much each unit of a model matters: scores of feed-forward channels, query groups, residual channels and layers.
 
-Decides two methods. `l1` looks at the weights alone (the seed's). `activation`, the default, multiplies how strongly a
-channel is driven by a calibration text with how much its outgoing weights carry on: without any training, cutting 20 %
-of SmolLM2's feed-forward channels by it leaves perplexity 18, by `l1` tens of millions.
+Decides the methods. `l1` (the seed's) and `l2` look at the weights alone. `activation`, the default, multiplies how
+strongly a channel is driven by a calibration text with how much its outgoing weights carry on: without any training,
+cutting 20 % of SmolLM2's feed-forward channels by it leaves perplexity 18, by `l1` tens of millions. `random` is the
+control that the others must beat.
 
     ffn channel c     ||a_c|| * ||down[:, c]||            a_c: its activation over the valid tokens
     query group g     sqrt(sum over the group's channels c of (||a_c|| * ||o[:, c]||)^2)
     residual channel  sqrt(sum over layers of ||x_d||^2)  x: what the attention and feed-forward blocks read
-    layer             1 - mean cosine(its input, its output)
+    layer             1 - mean cosine(its input, its output)   `block_influence`
 
 Runs where the teacher runs: every rank measures its own layers and its own shards (`Measured`), and `gather_scores`
 makes the scores global, the same on every rank. On one process with plain modules the same code works. A further method
 is one function that fills a `Measured`, and one that turns it into `Scores`. Sums are float64, scores float32. Does not
-decide what is cut (`distill.prune`) and does not run the model.
+decide what is cut (`distill.prune`), and does not run the model (`distill.scoring`).
 
 Legend: B sequences, S positions, D residual width, M feed-forward width, G key/value heads, K a channel count.
 Source: Muralidharan et al. 2024 (Minitron); Men et al. 2024 (ShortGPT, block influence); Sun et al. 2023 (Wanda).
@@ -25,6 +26,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,9 @@ from torch.utils.hooks import RemovableHandle
 from distill.scores import Measured, Piece, Scores, unite
 from distill.structure import MATRICES, Parts, Sizes, Unit
 from parallel.mesh import Mesh
+
+WEIGHT_POWERS = {"l1": 1, "l2": 2}
+"""Methods that look at the weights alone, by the power in which they are summed."""
 
 
 def _reads(quantity: str) -> Parts:
@@ -73,8 +78,8 @@ def _sums_along(module: nn.Module, dim: int, *, power: int) -> Piece:
     )
 
 
-def weight_scores(layers: Mapping[int, nn.Module], sizes: Sizes) -> Measured:
-    """Sum |w| over the weights of each unit of the layers given (method `l1`).
+def weight_scores(layers: Mapping[int, nn.Module], sizes: Sizes, method: str = "l1") -> Measured:
+    """Sum |w|^n over the weights of each unit of the layers given; the score is the n-th root, n = 1 (`l1`) or 2 (`l2`).
 
     Rows of q, k, v, gate and up and columns of o and down count for their query group or feed-forward channel; the
     other dim of the same matrices counts for the residual channels. Biases, norms, embeddings and the head are left out.
@@ -82,12 +87,15 @@ def weight_scores(layers: Mapping[int, nn.Module], sizes: Sizes) -> Measured:
     Args:
         layers: layer index -> decoder layer that this rank owns, its linears plain or tensor-parallel.
         sizes: global sizes of the model.
+        method: a key of `WEIGHT_POWERS`.
     """
-    measured = Measured("l1", sizes)
+    measured = Measured(method, sizes)
     for index, layer in layers.items():
         for name, module, _ in _linears(layer):
             for dim in (0, 1):
-                measured.pieces[index, f"{name}.{dim}"] = _sums_along(module, dim, power=1)
+                measured.pieces[index, f"{name}.{dim}"] = _sums_along(
+                    module, dim, power=WEIGHT_POWERS[method]
+                )
     return measured
 
 
@@ -104,10 +112,19 @@ class ActivationRecorder:
     Args:
         layers: layer index -> decoder layer that this rank owns, its linears plain or tensor-parallel.
         sizes: global sizes of the model.
+        channels: measure feed-forward channels, query groups and residual channels.
+        influence: measure the layers (`block_influence`).
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], sizes: Sizes) -> None:
-        self.layers, self.sizes = layers, sizes
+    def __init__(
+        self,
+        layers: Mapping[int, nn.Module],
+        sizes: Sizes,
+        *,
+        channels: bool = True,
+        influence: bool = True,
+    ) -> None:
+        self.layers, self.sizes, self._channels, self._influence = layers, sizes, channels, influence
         self.measured = Measured("activation", sizes)
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._valid_BS: Tensor | None = None
@@ -120,9 +137,12 @@ class ActivationRecorder:
 
     def __enter__(self) -> Self:
         for index, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True))
-            self._sums[index, "cosine"] = torch.zeros(2, dtype=torch.float64)
-            for name, module in _inputs_to_record(layer):
+            if self._influence:
+                self._hooks.append(
+                    layer.register_forward_hook(partial(self._on_layer, index), with_kwargs=True)
+                )
+                self._sums[index, "cosine"] = torch.zeros(2, dtype=torch.float64)
+            for name, module in _inputs_to_record(layer) if self._channels else ():
                 whole_input = not getattr(module, "input_is_parallel", True)
                 width = module.in_features if whole_input else module.weight.shape[1]
                 # A replica without calibration rows still takes part in the sums.
@@ -181,18 +201,36 @@ def gather_scores(measured: Measured, mesh: Mesh) -> Scores:
         measured: of this rank; all ranks measured by the same method.
         mesh: shards are joined over tp, tokens added over dp, layers united over pp.
     Returns:
-        Scores of all layers that the ranks of the mesh own.
+        Scores of all layers that the ranks of the mesh own; empty for units that were not measured.
     Raises:
         ValueError: no token counted, or a score is not finite (the message names the layer).
     Collectives: gather of objects over tp, then dp, then pp.
     """
     by_layer = unite(measured, mesh)
-    scores = {"l1": _l1_scores, "activation": _activation_scores}[measured.method](by_layer, measured.sizes)
+    score = _activation_scores if measured.method == "activation" else _weight_scores
+    scores = score(by_layer, measured)
     scores.check()
     return scores
 
 
-def _l1_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
+def random_scores(sizes: Sizes, seed: int) -> Scores:
+    """Draw every score uniformly from 0 to 1; equal for equal sizes and seed, on any rank of any layout."""
+    # A generator of its own: whatever a model or the data has drawn before changes nothing.
+    random = np.random.Generator(np.random.Philox(seed))
+
+    def draw(size: int) -> Tensor:
+        return torch.from_numpy(random.random(size))
+
+    # Layers first, so that dropping them at random does not depend on what else is drawn.
+    layers = dict(enumerate(draw(sizes.layers).tolist()))
+    hidden = draw(sizes.hidden)
+    ffn = {layer: draw(sizes.ffn) for layer in layers}
+    groups = {layer: draw(sizes.groups) for layer in layers}
+    return _rounded("random", ffn, groups, hidden, layers)
+
+
+def _weight_scores(by_layer: dict[int, dict[str, Tensor]], measured: Measured) -> Scores:
+    sizes, root = measured.sizes, 1 / WEIGHT_POWERS[measured.method]
     ffn: dict[int, Tensor] = {}
     groups: dict[int, Tensor] = {}
     hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
@@ -210,11 +248,13 @@ def _l1_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
                     hidden += part
                 else:
                     groups[layer] += part.view(sizes.groups, -1).sum(dim=1)
-        layers[layer] = float(ffn[layer].sum() + groups[layer].sum())
-    return _rounded("l1", ffn, groups, hidden, layers)
+        layers[layer] = float(ffn[layer].sum() + groups[layer].sum()) ** root
+    rooted = [{layer: sums.pow(root) for layer, sums in each.items()} for each in (ffn, groups)]
+    return _rounded(measured.method, *rooted, hidden.pow(root), layers)
 
 
-def _activation_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
+def _activation_scores(by_layer: dict[int, dict[str, Tensor]], measured: Measured) -> Scores:
+    sizes = measured.sizes
     ffn: dict[int, Tensor] = {}
     groups: dict[int, Tensor] = {}
     hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
@@ -229,10 +269,11 @@ def _activation_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> 
                 groups[layer] = energies.view(sizes.groups, -1).sum(dim=1).sqrt()
             elif reads == (Unit.HIDDEN,):
                 hidden += squares
-        total, count = quantities["cosine"].tolist()
-        if count == 0:
-            raise ValueError("importance: no position of the calibration text counted")
-        layers[layer] = 1 - total / count
+        if "cosine" in quantities:
+            total, count = quantities["cosine"].tolist()
+            if count == 0:
+                raise ValueError("importance: no position of the calibration text counted")
+            layers[layer] = 1 - total / count
     return _rounded("activation", ffn, groups, hidden.sqrt(), layers)
 
 
@@ -245,4 +286,5 @@ def _rounded(
         {layer: score.float() for layer, score in groups.items()},
         hidden.float(),
         layers,
+        depth_method="block_influence" if method == "activation" else method,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,20 @@ def export_round(
     session: Session,
     target: Path,
     progress: Progress,
+    *,
+    sparsity: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the student of a round that has ended to `target`, with its model card.
 
     Args:
         config, settings: of the run, and of the round.
+        sparsity: pattern and share of the weights that are zero.
     Collectives: those of `export_student`.
     """
     card = ""
     if mesh.world.is_first:
-        card = model_card(settings, {"tokens": progress.tokens, "table": result_table(log, config, progress)})
+        summary = {"tokens": progress.tokens, "table": result_table(log, config, progress)}
+        card = model_card(settings, summary | ({} if sparsity is None else {"sparsity": sparsity}))
     export_student(
         session.students,
         mesh,
@@ -49,6 +53,8 @@ def run_summary(
     config: Config,
     rounds: Sequence[Config],
     progress: Progress,
+    *,
+    sparsity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what `summary.json` says of a run that has ended, beside what the log knows."""
     table = result_table(log, config, progress)
@@ -60,6 +66,7 @@ def run_summary(
         "table": table,
         "student": str(Path(config.run.dir) / STUDENT_FOLDER),
         "parameters": {"teacher": table[0]["parameters"], "student": table[-1]["parameters"]},
+        **({} if sparsity is None else {"sparsity": sparsity}),
     }
 
 

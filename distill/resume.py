@@ -65,7 +65,8 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
     try:
         if not begins or not recut:
-            checkpoint.restore(found, optimizer, session.step.mesh)
+            # Where a round begins it may hold other weights at zero than the one before.
+            checkpoint.restore(found, optimizer, session.step.mesh, other_mask=begins)
             if begins and moments == "reset":
                 optimizer.reset_moments()
         elif moments == "keep":

@@ -7,13 +7,16 @@ pipeline-cut, replicated teacher. Knows nothing of what the sums mean; `distill.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,40 +37,75 @@ class Scores:
     hidden: Tensor
     """[D]."""
     layers: dict[int, float]
+    depth_method: str | None = None
+    """How the layers were scored; None if they were not."""
 
     def check(self) -> None:
         """Raise ValueError if a score is not finite, naming the layer."""
-        for layer, influence in self.layers.items():
-            finite = self.ffn[layer].isfinite().all() and self.groups[layer].isfinite().all()
-            if not finite or not math.isfinite(influence):
+        for layer in sorted({*self.layers, *self.ffn, *self.groups}):
+            vectors = [scores[layer] for scores in (self.ffn, self.groups) if layer in scores]
+            if not math.isfinite(self.layers.get(layer, 0.0)) or not all(v.isfinite().all() for v in vectors):
                 raise ValueError(f"importance: layer {layer} has scores that are not finite")
         if not self.hidden.isfinite().all():
             raise ValueError("importance: residual channels have scores that are not finite")
 
-    def save(self, path: Path) -> None:
-        """Write the scores as one safetensors file, method in its header."""
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {"hidden": self.hidden}
         tensors |= {f"ffn.{layer}": score.contiguous() for layer, score in self.ffn.items()}
-        tensors |= {f"groups.{layer}": score.contiguous() for layer, score in self.groups.items()}
+        return tensors | {f"groups.{layer}": score.contiguous() for layer, score in self.groups.items()}
+
+    def save(self, path: Path, depends: Mapping[str, Any] | None = None) -> None:
+        """Write the scores as one safetensors file; its header holds methods, a checksum, and what they depend on."""
+        tensors = self._tensors()
         header = {
             "method": self.method,
+            "depth_method": self.depth_method,
             "layers": {str(layer): score for layer, score in self.layers.items()},
+            "sha256": _checksum(tensors),
+            "depends": dict(depends or {}),
         }
         save_file(tensors, path, metadata={"scores": json.dumps(header)})
 
     @staticmethod
-    def load(path: Path) -> Scores:
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["scores"])
-            layers = {int(layer): score for layer, score in header["layers"].items()}
-            return Scores(
+    def load(path: Path, depends: Mapping[str, Any] | None = None) -> Scores:
+        """Read what `save` wrote.
+
+        Args:
+            depends: what the scores must depend on; None takes any.
+        Raises:
+            ValueError: not such a file, a tensor too many or too few, other contents than were written, or scores that
+                depend on something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["scores"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            layers = {int(layer): float(score) for layer, score in header["layers"].items()}
+            scores = Scores(
                 method=header["method"],
-                ffn={layer: file.get_tensor(f"ffn.{layer}") for layer in layers},
-                groups={layer: file.get_tensor(f"groups.{layer}") for layer in layers},
-                hidden=file.get_tensor("hidden"),
+                ffn={layer: tensors[f"ffn.{layer}"] for layer in layers},
+                groups={layer: tensors[f"groups.{layer}"] for layer in layers},
+                hidden=tensors["hidden"],
                 layers=layers,
+                depth_method=header["depth_method"],
             )
+            checksum, found = header["sha256"], header["depends"]
+        except (SafetensorError, OSError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} holds no importance scores: {error!r}") from error
+        if scores._tensors().keys() != tensors.keys() or _checksum(tensors) != checksum:
+            raise ValueError(f"{path} holds other importance scores than were written")
+        if depends is not None and found != depends:
+            raise ValueError(f"{path} holds importance scores of something else")
+        scores.check()
+        return scores
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -6,6 +6,7 @@ Decides the order: the teacher is loaded first, because the student is cut from 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from distill.loading import (
 )
 from distill.planning import Planner
 from distill.rounds import Lineage
+from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.collectives import broadcast_object
@@ -55,6 +57,8 @@ class Session:
     """Channels of their own: a teacher that is ahead has messages under way on the training's."""
     prune_s: float
     """Seconds that making the student took; 0 when it was there."""
+    sparsifier: Sparsifier | None
+    """Chooses which weights are held at zero; None where none are."""
 
     def close(self) -> None:
         """End the threads and let go of the process groups. Collectives: none."""
@@ -94,6 +98,15 @@ def open_session(
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data
     held_out = corpus if same_text else load_corpus(judging, mesh, models.teacher_folder)
+    judging_links = _forward_links(judging, mesh, models, students, teacher)
+    sparsifier = sparsify(
+        config,
+        mesh,
+        stages=students,
+        optimizer=step.optimizer,
+        open_links=lambda: _forward_links(config, mesh, models, students, None),
+        microbatches=corpus.calibration(config, mesh),
+    )
     return Session(
         models=models,
         corpus=corpus,
@@ -104,8 +117,9 @@ def open_session(
         step=step,
         judging=held_out.judging(judging, mesh),
         num_held_out=len(held_out.held_out),
-        judging_links=_forward_links(judging, mesh, models, students, teacher),
+        judging_links=judging_links,
         prune_s=prune_s,
+        sparsifier=sparsifier,
     )
 
 
@@ -150,7 +164,7 @@ def _traffic(
 
 
 def _forward_links(
-    config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel
+    config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel | None
 ) -> Links:
     """Return channels for forward passes alone. Collectives: those of making `Links`."""
     traffic = _traffic(config, students, teacher)
@@ -170,17 +184,18 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
     if broadcast_object(there, mesh.world):
         return 0.0
     origin = teacher if models.origin_folder == models.teacher_folder else load_origin(config, mesh, models)
-    return prune_teacher(
-        config,
-        mesh,
-        teacher=origin,
-        teacher_config=models.origin_config,
-        teacher_folder=models.origin_folder,
-        links=_forward_links(config, mesh, models, (), origin),
-        microbatches=corpus.calibration(config, mesh),
-        target=models.student_folder,
-        previous=models.previous_folder,
-    )
+    with closing(_forward_links(config, mesh, models, (), origin)) as links:
+        return prune_teacher(
+            config,
+            mesh,
+            teacher=origin,
+            teacher_config=models.origin_config,
+            teacher_folder=models.origin_folder,
+            links=links,
+            microbatches=corpus.calibration(config, mesh),
+            target=models.student_folder,
+            previous=models.previous_folder,
+        )
 
 
 def _adamw(config: Config) -> AdamWOptions:

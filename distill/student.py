@@ -11,47 +11,17 @@ from transformers import PretrainedConfig
 
 from distill.checks import not_finite
 from distill.config import Config
-from distill.data import IGNORE, MicroBatch
-from distill.forward import run_forward
-from distill.importance import ActivationRecorder, gather_scores, weight_scores
+from distill.data import MicroBatch
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
-from distill.scores import Scores
+from distill.scoring import cached_scores
 from distill.shape import resolve_shape
-from distill.structure import Sizes
 from parallel.collectives import barrier, broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.p2p import Links
 
 SCORES_FILE = "scores.safetensors"
-
-
-def score_teacher(
-    teacher: StageModel, mesh: Mesh, links: Links, microbatches: Sequence[MicroBatch], *, method: str
-) -> Scores:
-    """Score every unit of the teacher, on the stages and shards as they stand.
-
-    Args:
-        links: channels for K.
-        microbatches: this replica's calibration text; not used by `l1`.
-        method: `activation` or `l1`.
-    Returns:
-        The whole model's scores, on every rank.
-    Collectives: a forward pass over the text, then gathers over tp, dp and pp.
-    """
-    sizes = Sizes.of(teacher.config)
-    if method == "l1":
-        return gather_scores(weight_scores(teacher.layers, sizes), mesh)
-    with ActivationRecorder(teacher.layers, sizes) as recorder:
-        run_forward(
-            mesh,
-            links,
-            microbatches,
-            teacher=teacher,
-            before=lambda batch: recorder.expect(batch.labels_BS != IGNORE),
-        )
-    return gather_scores(recorder.measured, mesh)
 
 
 def prune_teacher(
@@ -75,7 +45,7 @@ def prune_teacher(
         Seconds it took (0 for a folder that was there).
     Raises:
         ConfigError: the shape asked for cannot be had.
-    Collectives: a broadcast over the world, those of `score_teacher`, a barrier over the world.
+    Collectives: a broadcast over the world, those of `cached_scores`, a barrier over the world.
     """
     start_s = time.perf_counter()
     # Rank 0 looks for all: what the others see of a shared folder may lag behind.
@@ -83,17 +53,21 @@ def prune_teacher(
         return 0.0
     prune = config.student.prune
     shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
-    if mesh.world.is_first:
-        text = "" if prune.method == "l1" else f" on {prune.calibration_rows} rows of text"
-        print(f"scoring {config.teacher.model}{text}, to cut the student out of it ...", flush=True)
     try:
-        scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
+        scores, depends = cached_scores(
+            config,
+            mesh,
+            teacher=teacher,
+            teacher_folder=teacher_folder,
+            links=links,
+            microbatches=microbatches,
+        )
     except ValueError as error:
         raise not_finite(config, "teacher.model", str(error)) from error
     if mesh.world.is_first:
         kept = choose(scores, teacher_config, shape)
         target.parent.mkdir(parents=True, exist_ok=True)
-        scores.save(target.parent / SCORES_FILE)
+        scores.save(target.parent / SCORES_FILE, depends)
         provenance = {"teacher": config.teacher.model, "prune": asdict(prune)}
         if previous is None:
             prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance=provenance)

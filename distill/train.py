@@ -50,6 +50,8 @@ class _Run:
     progress: Progress
     resumed: Path | None
     """The checkpoint that this process began with."""
+    sparsity: dict[str, Any] | None = None
+    """Pattern and share of the weights that the latest student holds at zero."""
 
     @property
     def folder(self) -> Path:
@@ -116,7 +118,9 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
                 )
                 return log.finish({"finished": False})
             if what == "end":
-                summary = run_summary(log, config, rounds, running.progress) if mesh.world.is_first else {}
+                summary = {}
+                if mesh.world.is_first:
+                    summary = run_summary(log, config, rounds, running.progress, sparsity=running.sparsity)
                 return broadcast_object(log.finish(summary), mesh.world)
 
 
@@ -138,6 +142,8 @@ def _round(running: _Run) -> str:
         take_over(
             found, settings, session, begins=begins, recut=session.models.needs_cut and not progress.attempt
         )
+    if session.sparsifier is not None:
+        session.sparsifier.begin()
     _say_start(running, session)
     optimizer = session.step.optimizer
     with checkpoint.Saver(running.checkpoints, optimizer, mesh, keep=config.checkpoint.keep) as saver:
@@ -151,7 +157,10 @@ def _round(running: _Run) -> str:
     if following != "again":
         last = following == "end"
         target = running.folder / STUDENT_FOLDER if last else round_folder(running.folder, progress.round)
-        export_round(running.log, config, settings, mesh, session, target, running.progress)
+        running.sparsity = _sparsity(settings, session)
+        export_round(
+            running.log, config, settings, mesh, session, target, running.progress, sparsity=running.sparsity
+        )
     session.close()
     if following == "again":
         running.progress = running.progress.again()
@@ -190,6 +199,8 @@ def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
                 f"This was step {running.progress.step + 1} of {running.total_steps}, counted from 1."
             )
             raise
+        if session.sparsifier is not None:
+            session.sparsifier.advance(running.progress.round_step)
         progress = running.progress.after_step(
             rows=settings.train.global_batch_size, tokens=stats.num_valid_tokens
         )
@@ -211,6 +222,13 @@ def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
             saver.wait()
             return False
     return True
+
+
+def _sparsity(settings: Config, session: Session) -> dict[str, Any] | None:
+    """Return what is held at zero. Collectives: an all-reduce over pp x tp where something is."""
+    if session.sparsifier is None:
+        return None
+    return {"pattern": settings.student.sparsity.pattern, "share": session.sparsifier.share()}
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -231,9 +231,11 @@ def open_files(folder: Path, manifest: Manifest) -> CheckpointFiles:
     return CheckpointFiles(folder / Path(name).name for name in sorted(manifest.files))
 
 
-def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
-    """Load this rank's masters and moments, bit for bit, and refresh the parameters.
+def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh, *, other_mask: bool = False) -> Manifest:
+    """Load this rank's masters, moments and mask, bit for bit, and refresh the parameters.
 
+    Args:
+        other_mask: whether the checkpoint may hold a mask where the optimizer has none, and the other way round.
     Raises:
         CheckpointError: a broken file, a tensor that is missing, left over or of another shape; a rank whose own part is
             sound raises another rank's.
@@ -246,7 +248,9 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
         manifest = read_manifest(folder)
         with open_files(folder, manifest) as files:
             left = files.names
-            names = _load(files, optimizer)
+            if other_mask:
+                left -= {name for name in left if name.startswith("mask/")}
+            names = _load(files, optimizer, other_mask=other_mask)
     except CheckpointError as error:
         found = CheckpointError(f"{folder}: {error}")
     reports = gather_objects((names, found), mesh.world)
@@ -262,12 +266,14 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh) -> Manifest:
 
 
 @torch.no_grad()
-def _load(files: CheckpointFiles, optimizer: StageOptimizer) -> set[str]:
+def _load(files: CheckpointFiles, optimizer: StageOptimizer, *, other_mask: bool) -> set[str]:
     """Fill the optimizer's state; return the names that were read."""
     names = set()
     for entry, views in optimizer.state():
         for kind, view in views.items():
             name = tensor_name(kind, entry)
+            if other_mask and kind == "mask" and name not in files.names:
+                continue
             if name not in files.names:
                 raise CheckpointError(f"there is no tensor {name!r}; {_OTHER}")
             if files.shape(name) != entry.full_shape:

@@ -11,6 +11,8 @@ later (`parallel.weights`). Dropout is off: a distillation trajectory must not d
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +143,19 @@ class StageModel(nn.Module):
     @staticmethod
     def _masked(modules: nn.ModuleList, part: range) -> nn.ModuleList:
         return nn.ModuleList(m if i in part else SkippedLayer() for i, m in enumerate(modules))
+
+    @contextmanager
+    def without(self, layer: int) -> Iterator[None]:
+        """Pass hidden states by one decoder layer inside the block; changes nothing where another stage owns it."""
+        lists = [self._whole, *self._slices] if layer in self.owned else []
+        modules = [each[layer] for each in lists]
+        for each in lists:
+            each[layer] = SkippedLayer()
+        try:
+            yield
+        finally:
+            for each, module in zip(lists, modules, strict=True):
+                each[layer] = module
 
     def forward(self, x: Tensor, position_ids_BS: Tensor, *, part: int | None = None) -> Tensor:
         """Run the stage, or slice `part` of it, on one micro-batch.

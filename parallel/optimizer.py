@@ -10,6 +10,9 @@ is summed over dp in one call, whenever that is, so the parameters do not depend
 ranks, and replicated and tied parameters once, in a fixed order. Gradients are sums, not means: the loss is already
 divided by the global number of valid tokens.
 
+A mask may mark entries that are held at exactly 0, in parameter, master and moments. Their gradients are cleared when all
+reductions are done, before the norm; AdamW then leaves a 0 whose moments are 0 as it is. Who chooses them is not known here.
+
 The four pieces are separate because a plan places them: `reduce` (parts of it earlier, with `reduce_bucket`), `norm`,
 `step`, `gather`. The first two may run on a thread beside compute: they use the mesh's gradient axes only.
 """
@@ -102,6 +105,8 @@ class StageOptimizer:
         main = main_dtype(dtype)
         self._chunks = lay_out(trainable, mesh.tp, bucket_bytes // main.itemsize)
         self.slots = [slot for chunk in self._chunks for slot in chunk.slots]
+        self.mask: Tensor | None = None
+        """True for entries of the flat buffers that are held at 0; None where nothing is (see `make_mask`)."""
         self._reduced: set[tuple[int, int]] = set()
         self._complete: set[int] = set()
         self._allocate(dtype, main)
@@ -202,11 +207,23 @@ class StageOptimizer:
         if partial.numel():
             all_reduce_(partial, self.mesh.gradients.tp)
 
+    def make_mask(self) -> None:
+        """Allocate `mask`, one byte an entry, with nothing held; from then on checkpoints hold it."""
+        assert self.mask is None, "there is a mask already"
+        self.mask = torch.zeros_like(self.flat, dtype=torch.bool)
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Set parameters, masters and moments to 0 where the mask says so; call after every change of it."""
+        for flat in (self.flat, self.master, *self._moments.values()):
+            flat.masked_fill_(self.mask, 0)
+
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Sum tied gradients over the two ends of the pipeline; return the global L2 norm (0-dim), equal on every rank.
 
-        The tie waits for the first stage, whose backward is the last, and so must not stand before other reductions.
+        Gradients of entries that are held at 0 are cleared and do not count. The tie waits for the first stage, whose
+        backward is the last, and so must not stand before other reductions.
 
         Collectives: all-reduce over the gradients' tie if the model is tied; one over their model.
         """
@@ -214,6 +231,8 @@ class StageOptimizer:
         for slot in self.slots:
             if slot.entry.is_tied_copy or slot.entry.is_tied_source:
                 all_reduce_(slot.view(self.flat_grad), self.mesh.gradients.tie)
+        if self.mask is not None:
+            self.flat_grad.masked_fill_(self.mask, 0)
         buckets = [bucket for chunk in self._chunks for bucket in chunk.buckets]
         parts = [self.flat_grad[bucket.start : bucket.counted_stop] for bucket in buckets]
         total = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
@@ -248,8 +267,10 @@ class StageOptimizer:
             self.flat.copy_(self.master)
 
     def state(self) -> list[tuple[Entry, dict[str, Tensor]]]:
-        """Return for each parameter views of its master and moments, in the parameter's local shape."""
+        """Return for each parameter views of its master, moments and mask if any, in the parameter's local shape."""
         buffers = {"weight": self.master, **self._moments}
+        if self.mask is not None:
+            buffers["mask"] = self.mask
         return [
             (slot.entry, {name: slot.view(flat) for name, flat in buffers.items()}) for slot in self.slots
         ]

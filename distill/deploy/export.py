@@ -72,6 +72,10 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         if config.student.model is None
         else config.student.model
     )
+    zeros = ""
+    if "sparsity" in summary:
+        share, pattern = summary["sparsity"]["share"], summary["sparsity"]["pattern"]
+        zeros = f" {share:.1%} of the weights of the layers' linears are zero ({pattern}), in dense tensors."
     lines = [
         "---",
         "library_name: transformers",
@@ -81,7 +85,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         "",
         f"# Student of {config.teacher.model}",
         "",
-        f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.",
+        f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.{zeros}",
         f"- Loss: {loss.alpha} x cross-entropy + {1 - loss.alpha:g} x T^2 {loss.kind} at T = {loss.temperature}.",
         f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
         "",

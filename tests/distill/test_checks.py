@@ -61,8 +61,16 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"checkpoint": {"resume": "nowhere"}}, "checkpoint.resume=nowhere is no folder; use auto, none or"),
         ({"log": {"wandb": "on"}}, "log.wandb=on is not known; use offline, online or disabled"),
         ({"student": {"prune": {"pruning_ratio": 1.0}}}, "student.prune.pruning_ratio=1.0 must be 0 or more and less"),
+        ({"student": {"prune": {"method": "l3"}}}, "student.prune.method=l3 is not known; use activation, l1, l2 or random"),
+        ({"student": {"prune": {"depth_method": "l1"}}}, "student.prune.depth_method=l1 is not known; use null, block_influence, leave_one_out or random"),
         ({"student": {"prune": {"layers": [2, 1]}}}, "student.prune.layers=[2,1] must be layer indices from 0 up"),
         ({"student": {"prune": {"layers": [0, 1], "num_layers": 3}}}, "student.prune.num_layers=3 but student.prune.layers"),
+        ({"student": {"sparsity": {"method": "random"}}}, "student.sparsity.method=random is not known; use null, magnitude or wanda"),
+        ({"student": {"sparsity": {"pattern": "4:8"}}}, "student.sparsity.pattern=4:8 is not known; use unstructured or 2:4"),
+        ({"student": {"sparsity": {"ratio": 1}}}, "student.sparsity.ratio=1.0 must be greater than 0 and less than 1"),
+        ({"student": {"sparsity": {"pattern": "2:4", "ratio": 0.6}}}, "student.sparsity.ratio=0.6 does not go with student.sparsity.pattern=2:4; use 0.5"),
+        ({"student": {"sparsity": {"steps": 5}}}, "student.sparsity.steps=5 does not go with student.sparsity.schedule=at_once"),
+        ({"student": {"sparsity": {"steps": 5, "schedule": "cubic"}}, "train": {"steps": 4}}, "student.sparsity.steps=5 is more than train.steps=4"),
         ({"data": {"path": "pydoc", "held_out_fraction": 0}}, "data.held_out_fraction=0.0 must be greater than 0"),
         ({"data": {"path": None}}, "data.path=null must be given; use a file, a folder"),
         ({"data": {"path": ["pydoc", "./nowhere.txt"]}}, "data.path=./nowhere.txt does not exist; use a file"),
@@ -134,6 +142,29 @@ def test_models_that_do_not_fit(mesh: dict[str, int], teacher: Any, student: Any
     with pytest.raises(ConfigError) as caught:
         check_models(config, hf_config(**teacher), hf_config(**student))
     assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("tp", "sizes", "words"),
+    [
+        (1, {"hidden_size": 30}, "mesh.tp=1 does not leave hidden_size=30 of the student in such; use student.sparsity.pattern=unstr"),
+        (4, {"intermediate_size": 24}, "mesh.tp=4 does not leave intermediate_size=24 of the student in such; use mesh.tp=1, 2 or 3"),
+        (2, {"head_dim": 3, "num_attention_heads": 4}, "leave query heads x head width=12 of the student in such; use mesh.tp=1"),
+        (2, {"intermediate_size": 24}, None),
+    ],
+)  # fmt: skip
+def test_groups_that_tp_cuts(tp: int, sizes: dict[str, int], words: str | None) -> None:
+    student = hf_config(
+        **{"hidden_size": 64, "intermediate_size": 96, "head_dim": 8, "num_key_value_heads": 4, **sizes}
+    )
+    config = config_from_dict(
+        {**BASE, "mesh": {"tp": tp}, "student": {"sparsity": {"method": "wanda", "pattern": "2:4"}}}
+    )
+    if words is None:
+        check_models(config, hf_config(), student)
+    else:
+        with pytest.raises(ConfigError, match=words):
+            check_models(config, hf_config(), student)
 
 
 def test_models_that_fit() -> None:

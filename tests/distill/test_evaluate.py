@@ -118,7 +118,7 @@ def test_quality_equals_the_plain_formulas(folders: dict[str, str]) -> None:
     for rank in ranks:
         for case, (qualities, counted, message) in zip(CASES, single + rank, strict=True):
             assert counted == (sizes[case.student], sizes["teacher"]), case
-            assert message == "the held-out text has no token to judge"
+            assert message == "the text has no token to judge"
             for pair, quality in zip(PAIRS, qualities, strict=True):
                 assert asdict(quality) == pytest.approx(asdict(expected[case.student, pair]), rel=1e-9), case
     assert ranks[0] == ranks[1], "every rank reports the same"

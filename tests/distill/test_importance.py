@@ -51,27 +51,30 @@ def _inputs_and_outputs(model: PreTrainedModel, module: nn.Module) -> tuple[Tens
     return seen[0]
 
 
-def test_l1_is_the_sum_of_absolute_weights() -> None:
+@pytest.mark.parametrize(("method", "power"), [("l1", 1), ("l2", 2)])
+def test_scores_of_weights_are_their_norms(method: str, power: int) -> None:
     config = tiny_config("llama")
     model = tiny_model(config)
-    scores = gather_scores(weight_scores(_layers(model), Sizes.of(config)), Mesh.single())
+    scores = gather_scores(weight_scores(_layers(model), Sizes.of(config), method), Mesh.single())
     hidden = torch.zeros(32, dtype=torch.float64)
     for index, layer in enumerate(model.model.layers):
         mlp, attention = layer.mlp, layer.self_attn
-        gate, up, down = (module.weight.abs() for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        torch.testing.assert_close(
-            scores.ffn[index].double(), gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-6, atol=0
+        gate, up, down = (
+            module.weight.abs() ** power for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
-        q, k, v, o = (getattr(attention, f"{name}_proj").weight.abs() for name in "qkvo")
+        torch.testing.assert_close(
+            scores.ffn[index].double() ** power, gate.sum(1) + up.sum(1) + down.sum(0), rtol=1e-6, atol=0
+        )
+        q, k, v, o = (getattr(attention, f"{name}_proj").weight.abs() ** power for name in "qkvo")
         for group in range(4):
             queries, keys = slice(16 * group, 16 * group + 16), slice(8 * group, 8 * group + 8)
             expected = q[queries].sum() + k[keys].sum() + v[keys].sum() + o[:, queries].sum()
-            assert scores.groups[index][group].item() == pytest.approx(expected.item(), rel=1e-6)
+            assert scores.groups[index][group].item() ** power == pytest.approx(expected.item(), rel=1e-6)
         hidden += sum(weight.sum(0) for weight in (gate, up, q, k, v)) + down.sum(1) + o.sum(1)
-        assert scores.layers[index] == pytest.approx(
+        assert scores.layers[index] ** power == pytest.approx(
             sum(w.sum().item() for w in (gate, up, down, q, k, v, o))
         )
-    torch.testing.assert_close(scores.hidden.double(), hidden, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.hidden.double() ** power, hidden, rtol=1e-6, atol=0)
     assert scores.hidden.dtype == scores.ffn[0].dtype == scores.groups[0].dtype == torch.float32
 
 

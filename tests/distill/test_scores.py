@@ -36,6 +36,21 @@ def test_scores_survive_the_file(tmp_path: Path) -> None:
         assert torch.equal(loaded.groups[layer], scores.groups[layer])
 
 
+def test_a_file_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "scores.safetensors"
+    scores = _scores()
+    scores.save(file, {"teacher": "a"})
+    Scores.load(file, {"teacher": "a"})
+    with pytest.raises(ValueError, match="of something else"):
+        Scores.load(file, {"teacher": "b"})
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="other importance scores than were written"):
+        Scores.load(file)
+    file.write_bytes(b"text")
+    with pytest.raises(ValueError, match="holds no importance scores"):
+        Scores.load(file)
+
+
 def test_scores_that_are_not_finite_name_the_layer() -> None:
     scores = _scores()
     scores.groups[3][1] = torch.nan

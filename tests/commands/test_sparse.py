@@ -1,0 +1,44 @@
+"""A whole run whose student is sparse: what it writes, and scores that a second cut finds again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from distill.structure import MATRICES
+from launch import distill
+from tests.commands.tiny_run import Inputs, call, weights
+
+SETTINGS = (
+    "student.prune.method=l2",
+    "student.prune.depth_method=leave_one_out",
+    "student.sparsity.method=wanda",
+    "student.sparsity.pattern=2:4",
+    "student.sparsity.schedule=cubic",
+    "student.sparsity.steps=3",
+    "train.steps=4",
+)
+
+
+def test_a_sparse_student_is_named_and_its_teacher_scored_once(inputs: Inputs, tmp_path: Path) -> None:
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    done = call(distill.COMMAND, inputs.settings(tmp_path / "run", *SETTINGS, cache))
+    assert done.code == 0, done.err
+    assert "scoring" in done.out and "on 8 rows of text" in done.out
+    student = weights(tmp_path / "run" / "student")
+    linears = [name for name in student if re.sub(r".*layers\.\d+\.|\.weight$", "", name) in MATRICES]
+    assert len(linears) == 3 * 7
+    for name, weight in student.items():
+        zeros = (weight.reshape(-1, 4) == 0).sum(dim=1)
+        assert (zeros == (2 if name in linears else 0)).all(), name
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["sparsity"] == {"pattern": "2:4", "share": 0.5}
+    assert "50.0% of the weights of the layers' linears are zero (2:4)" in (
+        (tmp_path / "run" / "student" / "README.md").read_text()
+    )
+
+    again = call(distill.COMMAND, inputs.settings(tmp_path / "again", *SETTINGS, cache, "train.steps=3"))
+    assert again.code == 0 and "those measured before" in again.out and "scoring" not in again.out
+    scores = [(tmp_path / run / "scores.safetensors").read_bytes() for run in ("run", "again")]
+    assert scores[0] == scores[1]
