@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, either, flatten, round_config, show
+from distill.judging_checks import check_judging
 
 _POSITIVE = (
     "student.prune.min_channels",
@@ -90,6 +91,7 @@ def check_config(
     config = fill_mesh(config, world_size)
     _check_batch(config)
     _check_paths(config, needs)
+    check_judging(config.evaluate)
     if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"log.wandb={config.log.wandb} needs wandb, which is not installed; use disabled")
     return config

@@ -82,8 +82,8 @@ class Task:
     """Pieces that have lost their beginning."""
 
     def fingerprint(self) -> str:
-        """Return a hash of all that a model's figures depend on."""
-        content = (self.answers, self.num_bytes, self.pieces)
+        """Return a hash of all that a model's figures and their names depend on."""
+        content = (self.name, self.answers, self.num_bytes, self.pieces)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -30,11 +30,10 @@ from distill.curve import draw_curve
 from distill.runfolder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
-    SUMMARY_FILE,
     cut_lines,
     write_config,
     write_lines,
-    write_whole,
+    write_summary,
 )
 from parallel.background import Background
 
@@ -161,13 +160,16 @@ class RunLog:
         if metrics.step % self._config.log.every == 0 or metrics.step == total_steps:
             self.say(self._line(metrics, total_steps))
 
-    def evaluation(self, *, step: int, round: int, model: str, values: Mapping[str, float]) -> None:
+    def evaluation(
+        self, *, step: int, round: int, model: str, values: Mapping[str, float | None], known: bool = False
+    ) -> None:
         """Write what a model reached on the held-out text.
 
         Args:
             step: optimizer steps done when it was judged.
             model: `teacher`, or `student`.
-            values: `eval/loss` (nats per token) and whatever else was measured, by name.
+            values: `eval/loss` (nats per token) and whatever else was measured, by name; None for what is not defined.
+            known: whether an earlier run has judged it.
         Raises:
             OSError: what writing raised before.
         """
@@ -179,8 +181,9 @@ class RunLog:
         self.evaluations = [*others, line]
         named = {f"{model}/{name}": line[name] for name in values}
         self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
-        shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
-        self.say(f"held-out text, {model} after step {step}: {shown}")
+        shown = "  ".join(_shown(name, value) for name, value in values.items())
+        when = ", judged before" if known else f" after step {step}"
+        self.say(f"held-out text, {model}{when}: {shown}")
 
     def flush(self) -> None:
         """Wait until all that was given is in the files.
@@ -209,7 +212,7 @@ class RunLog:
             **results,
         }
         if self._beside is not None:
-            write_whole(self._folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+            write_summary(self._folder, summary)
         self.close(summary=summary)
         return summary
 
@@ -292,6 +295,12 @@ def _layout(config: Config) -> dict[str, Any]:
         "teacher": config.pipeline.teacher,
         "num_microbatches": config.num_microbatches,
     }
+
+
+def _shown(name: str, value: float | None) -> str:
+    """Return a figure for the line on the terminal: `loss 2.68`, `animals/accuracy 0.5`."""
+    short = name.removeprefix("eval/").removeprefix("choices/")
+    return f"{short} -" if value is None else f"{short} {value:.4g}"
 
 
 def _finite(value: float | None) -> float | None:

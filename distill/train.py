@@ -18,7 +18,9 @@ import torch
 from distill.checks import not_finite
 from distill.config import Config, ConfigError
 from distill.deploy.export import export_student, model_card
-from distill.evaluate import Quality, evaluate, num_parameters
+from distill.evaluate import num_parameters
+from distill.judging import gap_closed
+from distill.levels import Figures
 from distill.loading import DTYPES
 from distill.metrics import RunLog, StepMetrics
 from distill.planning import Planner
@@ -73,12 +75,13 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         _say_start(log, config, session, state)
         # A run that goes on from another run's checkpoint has judged nothing either.
         if state.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
-            for who in ("teacher", "student"):
-                _check_finite(config, who, _judge(log, mesh, session, step=state.step, who=who))
+            _check_finite(config, "teacher", _judge_teacher(log, session, step=state.step))
+            figures = _judge_student(log, session, step=state.step, with_choices=True)
+            _check_finite(config, "student", figures)
         if not _train(config, mesh, stop, session, state, log, saver):
             log.say(f"stopped after step {state.step} of {total_steps}; the same command goes on from there")
             return log.finish({"finished": False})
-        _judge(log, mesh, session, step=total_steps, who="student")
+        _judge_student(log, session, step=total_steps, with_choices=True)
         if session.planner.typical is not None:
             write_timeline(folder, mesh, *session.planner.typical, session.planner.costs)
         session.step.close()
@@ -111,7 +114,7 @@ def _train(
         if planned is not None:
             log.say(planned)
         if _is_due(config.evaluate.every, state.step) and state.step < total_steps:
-            _judge(log, mesh, session, step=state.step, who="student")
+            _judge_student(log, session, step=state.step, with_choices=False)
         done = state.step == total_steps
         if done or stopping or _is_due(config.checkpoint.every, state.step):
             # A run that goes on from this checkpoint must find the lines up to it.
@@ -181,23 +184,30 @@ def _metrics(state: _State, stats: StepStats, planner: Planner, peak_bytes: int)
     )
 
 
-def _judge(log: RunLog, mesh: Mesh, session: Session, *, step: int, who: str) -> Quality:
-    """Judge the teacher alone or the student against it, and log it."""
-    students = session.students if who == "student" else ()
-    links = session.judging_links
-    quality = evaluate(mesh, links, session.judging, students=students, teacher=session.teacher)
-    log.evaluation(step=step, round=0, model=who, values=quality.named())
-    return quality
+def _judge_teacher(log: RunLog, session: Session, *, step: int) -> Figures:
+    """Judge the teacher, or find what an earlier run has found, and log it."""
+    figures, known = session.judge.teacher(session.teacher)
+    log.evaluation(step=step, round=0, model="teacher", values=figures, known=known)
+    return figures
 
 
-def _check_finite(config: Config, who: str, quality: Quality) -> None:
+def _judge_student(log: RunLog, session: Session, *, step: int, with_choices: bool) -> Figures:
+    """Judge the student against the teacher, and log it."""
+    figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
+    if step > 0:
+        # The rank that writes has the lines of the start, also when another process has judged it.
+        figures = {**figures, "eval/gap_closed": gap_closed(log.evaluations, figures["eval/loss"])}
+    log.evaluation(step=step, round=0, model="student", values=figures)
+    return figures
+
+
+def _check_finite(config: Config, who: str, figures: Figures) -> None:
     """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
-    if math.isfinite(quality.loss) and math.isfinite(quality.kl):
+    loss, kl = figures["eval/loss"], figures["eval/kl"]
+    if math.isfinite(loss) and math.isfinite(kl):
         return
     key = "student.model" if who == "student" and config.student.model is not None else "teacher.model"
-    raise not_finite(
-        config, key, f"the {who}'s loss on the held-out text is {quality.loss}, its KL {quality.kl}"
-    )
+    raise not_finite(config, key, f"the {who}'s loss on the held-out text is {loss}, its KL {kl}")
 
 
 def _say_start(log: RunLog, config: Config, session: Session, state: _State) -> None:
@@ -219,7 +229,8 @@ def _finish(
     summary: dict[str, Any] = {}
     if mesh.world.is_first:
         tokens = log.steps[-1]["tokens"] if log.steps else 0
-        summary = {"finished": True, "tokens": tokens, "table": _table(log, config, sizes, state.prune_s)}
+        table = _table(log, config, sizes, state.prune_s)
+        summary = {"finished": True, "tokens": tokens, "table": table, "gap_closed": table[-1]["gap_closed"]}
         summary |= {
             "student": str(folder / STUDENT_FOLDER),
             "parameters": dict(zip(("teacher", "student"), sizes)),
@@ -249,6 +260,7 @@ def _table(log: RunLog, config: Config, sizes: list[int], prune_s: float) -> lis
     named = [("teacher", teacher, 0.0), (f"{start} + distilled", students[-1], prune_s)]
     if students[0]["step"] == 0:
         named.insert(1, (start, students[0], prune_s))
+    asked = [name for name in students[-1] if name.startswith("eval/choices/")]
     return [
         {
             "model": name,
@@ -257,6 +269,8 @@ def _table(log: RunLog, config: Config, sizes: list[int], prune_s: float) -> lis
             "agreement": line["eval/agreement"],
             "loss": line["eval/loss"],
             "kl": line["eval/kl"],
+            "gap_closed": line.get("eval/gap_closed"),
+            **{name.removeprefix("eval/"): line.get(name) for name in asked},
             "seconds": seconds + (log.trained_s if line is students[-1] else 0.0),
         }
         for name, line, seconds in named

@@ -155,7 +155,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str, *, call_number: int =
     ("place", "call_number"),
     [
         ("distill.prune.save_file", 1),  # the weights of the pruned student
-        pytest.param("distill.train.evaluate", 2, marks=pytest.mark.slow),  # the student's first judgement
+        pytest.param("distill.judging.evaluate", 1, marks=pytest.mark.slow),  # the student's first judgement
         ("parallel.checkpoint.save_file", 2),  # the second checkpoint
         pytest.param("distill.train.write_timeline", 1, marks=pytest.mark.slow),  # after the last judgement
         ("distill.deploy.export.copy_companions", 1),  # half of the student is written
