@@ -17,6 +17,7 @@ from typing import Any
 
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, either, flatten, round_config, show
+from distill.judging_checks import check_judging
 from distill.rounds import rounds_of
 
 _POSITIVE = (
@@ -102,6 +103,7 @@ def check_config(
         # An earlier round's student is not there yet.
         own = round_config(config, index) == settings
         _check_paths(settings if own else replace(settings, teacher=config.teacher), needs)
+    check_judging(config.evaluate)
     if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"log.wandb={config.log.wandb} needs wandb, which is not installed; use disabled")
     return config

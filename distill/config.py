@@ -127,7 +127,7 @@ class Data:
     held_out_fraction: float = 0.1
     """Share of the text (whole documents) kept out of training and used for evaluation."""
     cache_dir: str = "cache"
-    """Folder of tokenised corpora, keyed by content."""
+    """Folder of tokenised corpora and of the teachers' judgements, keyed by content."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,14 @@ class Evaluate:
     """Steps between evaluations on the held-out text; 0 evaluates before the first and after the last step only."""
     rows: int = 64
     """Held-out rows that are scored, at most."""
+    choices: tuple[str, ...] = ()
+    """JSONL files of multiple-choice questions (lines with `question`, `choices`, `answer`), judged before the first and after the last step."""
+    choices_template: str = r"Question: {question}\nAnswer:"
+    """Prompt of a question, `{question}` is replaced by it and `\\n` is a line feed; the choice follows after a space."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks that lm_eval judges the finished student's folder by: its own names, a task's .yaml file, or a folder of them."""
+    out: str | None = None
+    """JSON file into which `launch.evaluate` writes its table; null writes none."""
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from distill.config import Config, ConfigError
-from distill.convert import config_to_dict, flatten
+from distill.config import Config
+from distill.convert import config_to_dict
 from distill.curve import draw_curve
+from distill.dashboard import finish_dashboard, start_dashboard
 from distill.runfolder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
-    SUMMARY_FILE,
     cut_lines,
     write_config,
     write_lines,
-    write_whole,
+    write_summary,
 )
 from parallel.background import Background
 
@@ -121,7 +121,7 @@ class RunLog:
         self.evaluations = cut_lines(self._folder / EVALUATIONS_FILE, last_step=done_steps)
         self._metrics = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
         if config.log.wandb != "disabled":
-            self._wandb = _start_wandb(config, self._folder)
+            self._wandb = start_dashboard(config, self._folder)
         self._beside = Background("log", yields=True)
 
     def __enter__(self) -> Self:
@@ -171,7 +171,14 @@ class RunLog:
             self.say(self._line(metrics, total_steps))
 
     def evaluation(
-        self, *, step: int, round: int, model: str, parameters: int, values: Mapping[str, float]
+        self,
+        *,
+        step: int,
+        round: int,
+        model: str,
+        parameters: int,
+        values: Mapping[str, float | None],
+        known: bool = False,
     ) -> None:
         """Write what a model reached on the held-out text.
 
@@ -179,7 +186,8 @@ class RunLog:
             step: optimizer steps done when it was judged.
             model: `teacher`, or `student`.
             parameters: of the model.
-            values: `eval/loss` (nats per token) and whatever else was measured, by name.
+            values: `eval/loss` (nats per token) and whatever else was measured, by name; None for what is not defined.
+            known: whether an earlier run has judged it.
         Raises:
             OSError: what writing raised before.
         """
@@ -192,8 +200,9 @@ class RunLog:
         self.evaluations = [*others, line]
         named = {f"{model}/{name}": line[name] for name in values}
         self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
-        shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
-        self.say(f"held-out text, {model} after step {step}: {shown}")
+        shown = "  ".join(_shown(name, value) for name, value in values.items())
+        when = ", judged before" if known else f" after step {step}"
+        self.say(f"held-out text, {model}{when}: {shown}")
 
     def flush(self) -> None:
         """Wait until all that was given is in the files.
@@ -222,7 +231,7 @@ class RunLog:
             **results,
         }
         if self._beside is not None:
-            write_whole(self._folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+            write_summary(self._folder, summary)
         self.close(summary=summary)
         return summary
 
@@ -250,7 +259,7 @@ class RunLog:
         with self._finishing:
             run, self._wandb = self._wandb, None
         if run is not None:
-            _finish_wandb(run, self._folder, summary or {}, failed=failed)
+            finish_dashboard(run, self._folder, summary or {}, failed=failed)
 
     def _write_step(self, values: Mapping[str, Any], step: int) -> None:
         assert self._metrics is not None
@@ -307,42 +316,12 @@ def _layout(config: Config) -> dict[str, Any]:
     }
 
 
+def _shown(name: str, value: float | None) -> str:
+    """Return a figure for the line on the terminal: `loss 2.68`, `animals/accuracy 0.5`."""
+    short = name.removeprefix("eval/").removeprefix("choices/")
+    return f"{short} -" if value is None else f"{short} {value:.4g}"
+
+
 def _finite(value: float | None) -> float | None:
     """Return the number, or None for what JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _start_wandb(config: Config, folder: Path) -> Any:
-    """Open the wandb run of this folder; a run that goes on keeps its id, so that a later upload makes one run of it."""
-    import wandb
-
-    id_file = folder / "wandb" / "run_id"
-    known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
-    try:
-        run = wandb.init(
-            mode=config.log.wandb,
-            project=config.log.wandb_project,
-            name=folder.name,
-            dir=folder,
-            id=known,
-            resume="allow",
-            config=config_to_dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except wandb.Error as error:
-        raise ConfigError(
-            f"log.wandb={config.log.wandb} did not start ({str(error).partition(chr(10))[0]}); use offline or disabled"
-        ) from error
-    id_file.parent.mkdir(exist_ok=True)
-    id_file.write_text(f"{run.id}\n", encoding="utf-8")
-    return run
-
-
-def _finish_wandb(run: Any, folder: Path, summary: Mapping[str, Any], *, failed: bool) -> None:
-    """Hand over the summary and the pictures, and write out what wandb has buffered."""
-    import wandb
-
-    for picture in sorted(folder.glob("*.svg")):
-        run.log({picture.stem: wandb.Html(picture.read_text(encoding="utf-8"), inject=False)})
-    run.summary.update(flatten(summary))
-    run.finish(exit_code=int(failed))

@@ -64,6 +64,7 @@ def run_summary(
         "round_steps": [settings.train.steps for settings in rounds],
         "rounds_done": progress.round + 1,
         "table": table,
+        "gap_closed": table[-1]["gap_closed"],
         "student": str(Path(config.run.dir) / STUDENT_FOLDER),
         "parameters": {"teacher": table[0]["parameters"], "student": table[-1]["parameters"]},
         **({} if sparsity is None else {"sparsity": sparsity}),
@@ -87,6 +88,7 @@ def result_table(log: RunLog, config: Config, progress: Progress) -> list[dict[s
         if len(lines) > 1 and (not trained or lines[0]["step"] < trained[0]):
             named.append((f"{words}{start}", lines[0], progress.prune_s))
         named.append((f"{words}{start} + distilled", lines[-1], progress.prune_s))
+    asked = [name for name in named[-1][1] if name.startswith("eval/choices/")]
     return [
         {
             "model": name,
@@ -95,6 +97,8 @@ def result_table(log: RunLog, config: Config, progress: Progress) -> list[dict[s
             "agreement": line["eval/agreement"],
             "loss": line["eval/loss"],
             "kl": line["eval/kl"],
+            "gap_closed": line.get("eval/gap_closed"),
+            **{name.removeprefix("eval/"): line.get(name) for name in asked},
             "seconds": prune_s + (log.seconds_before(line["step"]) if line is not teacher else 0.0),
         }
         for name, line, prune_s in named

@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "log.",
     "run.",
     "evaluate.every",
+    "evaluate.lm_eval",
+    "evaluate.out",
 )
 """Keys, or groups with a dot at the end, that may differ when a run goes on: the trajectory does not depend on them."""
 
@@ -101,6 +103,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a run that came to its end, or None."""
     file = folder / SUMMARY_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json` whole."""
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def read_lines(file: Path, *, last_step: int) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 
 from distill.config import Config
 from distill.data import Batches, MicroBatch
-from distill.evaluate import evaluate, num_parameters
+from distill.evaluate import num_parameters
+from distill.judging import Judge, load_tasks
 from distill.loading import (
     Corpus,
     Models,
@@ -50,11 +51,9 @@ class Session:
     student_config: PretrainedConfig
     planner: Planner
     step: DistillationStep
-    judging: Sequence[MicroBatch]
+    judge: Judge
     num_held_out: int
     """Rows of the text that models are judged by."""
-    judging_links: Links
-    """Channels of their own: a teacher that is ahead has messages under way on the training's."""
     prune_s: float
     """Seconds that making the student took; 0 when it was there."""
     sparsifier: Sparsifier | None
@@ -64,7 +63,7 @@ class Session:
         """End the threads and let go of the process groups. Collectives: none."""
         self.step.close()
         self.step.links.close()
-        self.judging_links.close()
+        self.judge.links.close()
 
 
 def open_session(
@@ -82,6 +81,7 @@ def open_session(
     Collectives: many, over all axes.
     """
     models = find_models(config, mesh, lineage)
+    tasks = load_tasks(judging, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
     batches = Batches(
         corpus.train,
@@ -115,9 +115,8 @@ def open_session(
         student_config=student_config,
         planner=planner,
         step=step,
-        judging=held_out.judging(judging, mesh),
         num_held_out=len(held_out.held_out),
-        judging_links=judging_links,
+        judge=Judge.create(judging, mesh, models, held_out, tasks, judging_links),
         prune_s=prune_s,
         sparsifier=sparsifier,
     )
@@ -231,28 +230,32 @@ def make_student(config: Config, mesh: Mesh) -> Path:
 
 
 def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
-    """Judge the teacher, and the ready student against it, on the held-out text; return one row for each.
+    """Judge the teacher, and the ready student against it, by text and questions.
 
+    Args:
+        config: `student.model` null judges the teacher alone.
+    Returns:
+        One row for each model: its name, its size, and its figures without the logs' `eval/`.
     Raises:
-        ConfigError: a mistake in the settings, the models or the corpus.
-    Collectives: those of loading and evaluating both models.
+        ConfigError: a mistake in the settings, the models, the questions or the corpus.
+    Collectives: those of loading and judging the models.
     """
+    alone = config.student.model is None
+    if alone:
+        # The layout is checked and the layers are split for a pair; the teacher's own twin fits wherever it does.
+        config = replace(config, student=replace(config.student, model=config.teacher.model))
     models = find_models(config, mesh)
+    tasks = load_tasks(config, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
     teacher = load_teacher(config, mesh, models)
-    students, _ = load_student(config, mesh, models, trainable=False)
+    students = [] if alone else load_student(config, mesh, models, trainable=False)[0]
     links = _forward_links(config, mesh, models, students, teacher)
-    judging = corpus.judging(config, mesh)
-    judged = {
-        "teacher": evaluate(mesh, links, judging, teacher=teacher),
-        "student": evaluate(mesh, links, judging, students=students, teacher=teacher),
-    }
-    sizes = {"teacher": num_parameters([teacher], mesh), "student": num_parameters(students, mesh)}
-    return [
-        {
-            "model": who,
-            "parameters": sizes[who],
-            **{name.removeprefix("eval/"): value for name, value in quality.named().items()},
-        }
-        for who, quality in judged.items()
-    ]
+    judge = Judge.create(config, mesh, models, corpus, tasks, links)
+    level, known = judge.teacher(teacher)
+    if known and mesh.world.is_first:
+        print(f"teacher, judged before: its figures are those in {judge.levels.folder}", flush=True)
+    rows = [{"model": "teacher", "parameters": num_parameters([teacher], mesh), **level}]
+    if not alone:
+        figures = judge.student(students, teacher, with_choices=True)
+        rows.append({"model": "student", "parameters": num_parameters(students, mesh), **figures})
+    return [{name.removeprefix("eval/"): value for name, value in row.items()} for row in rows]

@@ -13,7 +13,6 @@ import gc
 import math
 import resource
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ import torch
 
 from distill.checks import not_finite
 from distill.config import Config
-from distill.evaluate import Quality, evaluate, num_parameters
+from distill.evaluate import num_parameters
+from distill.judging import gap_closed
+from distill.levels import Figures
 from distill.metrics import RunLog, StepMetrics
 from distill.planning import Planner
 from distill.results import export_round, run_summary
@@ -150,8 +151,8 @@ def _round(running: _Run) -> str:
         _judge_start(running, session)
         if not _train(running, session, saver):
             return "stopped"
-        quality = _judge(running, session, who="student")
-    following = _follows(running, quality)
+        figures = _judge_student(running, session, with_choices=True)
+    following = _follows(running, figures["eval/loss"])
     if session.planner.typical is not None:
         write_timeline(running.folder, mesh, *session.planner.typical, session.planner.costs)
     if following != "again":
@@ -169,11 +170,11 @@ def _round(running: _Run) -> str:
     return "end" if following == "end" else "next"
 
 
-def _follows(running: _Run, quality: Quality) -> str:
+def _follows(running: _Run, loss: float) -> str:
     """Return what follows the round: `again`, `next` or `end`; say why where it is not plain. Equal on every rank."""
     progress, gate = running.progress, running.settings.gate
     teacher = broadcast_object(running.log.level("teacher"), running.mesh.world)
-    gap = quality.loss - teacher
+    gap = loss - teacher
     what = verdict(gate, gap=gap, attempt=progress.attempt)
     if what == "again":
         running.log.say(
@@ -212,7 +213,7 @@ def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
             log.say(planned)
         done = progress.round_step == settings.train.steps
         if _is_due(config.evaluate.every, progress.step) and not done:
-            _judge(running, session, who="student")
+            _judge_student(running, session, with_choices=False)
         if done or stopping or _is_due(config.checkpoint.every, progress.step):
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
@@ -268,47 +269,51 @@ def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes:
     )
 
 
-def _judge(running: _Run, session: Session, *, who: str) -> Quality:
-    """Judge the teacher alone or the student against it, and log it."""
-    students = session.students if who == "student" else ()
-    quality = evaluate(
-        running.mesh, session.judging_links, session.judging, students=students, teacher=session.teacher
-    )
-    progress = running.progress
-    running.log.evaluation(
-        step=progress.step,
-        round=progress.round,
-        model=who,
-        parameters=num_parameters(students or [session.teacher], running.mesh),
-        values=quality.named(),
-    )
-    return quality
-
-
 def _judge_start(running: _Run, session: Session) -> None:
-    """Judge the teacher at the run's start, and a student that is new; refuse models without finite losses."""
-    progress, log, mesh = running.progress, running.log, running.mesh
+    """Judge the teacher where a run starts and the student where a round does; refuse models without finite losses."""
+    progress, log = running.progress, running.log
     # A run that goes on from another run's checkpoint has judged nothing either.
-    if progress.step == 0 or not broadcast_object(bool(log.evaluations), mesh.world):
-        whom: Sequence[str] = ("teacher", "student")
-    else:
-        whom = (
-            ("student",)
-            if progress.round_step == 0 and session.models.needs_cut and not progress.attempt
-            else ()
+    first = progress.step == 0 or not broadcast_object(bool(log.evaluations), running.mesh.world)
+    if first:
+        figures, known = session.judge.teacher(session.teacher)
+        parameters = num_parameters([session.teacher], running.mesh)
+        log.evaluation(
+            step=progress.step,
+            round=progress.round,
+            model="teacher",
+            parameters=parameters,
+            values=figures,
+            known=known,
         )
-    for who in whom:
-        _check_finite(running.settings, who, _judge(running, session, who=who))
+        _check_finite(running.settings, "teacher", figures)
+    if first or (progress.round_step == 0 and not progress.attempt):
+        _check_finite(running.settings, "student", _judge_student(running, session, with_choices=True))
 
 
-def _check_finite(config: Config, who: str, quality: Quality) -> None:
+def _judge_student(running: _Run, session: Session, *, with_choices: bool) -> Figures:
+    """Judge the student against the round's teacher, and log it."""
+    progress, log = running.progress, running.log
+    figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
+    if progress.round_step or progress.attempt:
+        # The rank that writes has the lines of the start, also when another process has judged it.
+        closed = gap_closed(log.evaluations, figures["eval/loss"], round=progress.round)
+        figures = {**figures, "eval/gap_closed": closed}
+    parameters = num_parameters(session.students, running.mesh)
+    log.evaluation(
+        step=progress.step, round=progress.round, model="student", parameters=parameters, values=figures
+    )
+    return figures
+
     """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
-    if math.isfinite(quality.loss) and math.isfinite(quality.kl):
+
+
+def _check_finite(config: Config, who: str, figures: Figures) -> None:
+    """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
+    loss, kl = figures["eval/loss"], figures["eval/kl"]
+    if math.isfinite(loss) and math.isfinite(kl):
         return
     key = "student.model" if who == "student" and config.student.model is not None else "teacher.model"
-    raise not_finite(
-        config, key, f"the {who}'s loss on the held-out text is {quality.loss}, its KL {quality.kl}"
-    )
+    raise not_finite(config, key, f"the {who}'s loss on the held-out text is {loss}, its KL {kl}")
 
 
 def _say_start(running: _Run, session: Session) -> None:

@@ -1,18 +1,19 @@
 """The main job: prune a student out of its teacher, distil it, judge it, export it.
 
-Decides only the order: check the run's folder, train, print the result. The work is `distill.train`.
+Decides only the order: check the run's folder, train, let lm_eval judge the student if asked for, print the result. The work is `distill.train`.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill.config import Config
-from distill.runfolder import check_run_folder
+from distill.runfolder import check_run_folder, write_summary
 from distill.stop import Stop
 from launch.command import Command, run_command
+from launch.lm_eval import judge_folder, with_figures
 from launch.report import run_report
 
 if TYPE_CHECKING:
@@ -25,7 +26,24 @@ def distill(config: Config, mesh: Mesh, stop: Stop) -> None:
 
     summary = run(config, mesh, stop)
     if mesh.world.is_first and summary["finished"]:
+        # Last of all, because no rank waits for this one any more.
+        summary = _with_lm_eval(config, mesh, summary)
         print(run_report(summary, Path(config.run.dir or ".")), flush=True)
+
+
+def _with_lm_eval(config: Config, mesh: Mesh, summary: dict[str, Any]) -> dict[str, Any]:
+    """Judge the finished student by the tasks that have not judged it yet; return the summary with what they found."""
+    known = summary.get("lm_eval", {})
+    missing = [task for task in config.evaluate.lm_eval if task not in known]
+    if not missing:
+        return summary
+    found = judge_folder(Path(summary["student"]), missing, dtype=config.train.dtype, device=mesh.device.type)
+    table = summary["table"]
+    for figures in found.values():
+        table = with_figures(table, len(table) - 1, figures)
+    summary = {**summary, "table": table, "lm_eval": {**known, **found}}
+    write_summary(Path(config.run.dir or "."), summary)
+    return summary
 
 
 COMMAND = Command(

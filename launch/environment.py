@@ -15,6 +15,17 @@ SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """torchrun's variable for the seconds between the signal that it passes on and the end of processes that have not left."""
 
 
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_alone() -> dict[str, str]:
+    """Return the environment without torchrun's words, for a program of one process that would take them for its own."""
+    kin = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    return {
+        name: value for name, value in os.environ.items() if name not in _PLACE and not name.startswith(kin)
+    }
+
+
 def shutdown_s() -> float:
     """Return the seconds that a process has after a signal."""
     return float(os.environ.get(SHUTDOWN, "30"))

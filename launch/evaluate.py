@@ -1,17 +1,21 @@
-"""Judge a student beside its teacher on the held-out text.
+"""Judge a teacher, and a student beside it, on held-out text, by questions and by lm_eval's tasks.
 
-Decides nothing: the work is `distill.session`.
+Decides what is printed and written. The work is `distill.session`'s and, when all ranks are done, `launch.lm_eval`'s.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distill.config import Config
+from distill.runfolder import write_whole
 from distill.stop import Stop
 from launch.command import Command, run_command
-from launch.report import table
+from launch.lm_eval import judge_folder, with_figures
+from launch.report import judged_table
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -19,18 +23,39 @@ if TYPE_CHECKING:
 
 def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     """Evaluate, and print one row for each model."""
+    from distill.metrics import versions
     from distill.session import judge_models
 
     rows = judge_models(config, mesh)
-    if mesh.world.is_first:
-        print(table(rows), flush=True)
+    if not mesh.world.is_first:
+        return
+    rows = _by_lm_eval(config, mesh, rows)
+    print(judged_table(rows), flush=True)
+    if config.evaluate.out is not None:
+        text = json.dumps({"table": rows, "versions": versions()}, indent=2) + "\n"
+        write_whole(Path(config.evaluate.out), text)
+
+
+def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with lm_eval's figures for the last of them: the student, or the teacher alone."""
+    from distill.pretrained import resolve_model
+
+    if not config.evaluate.lm_eval:
+        return rows
+    name = config.student.model or config.teacher.model
+    folder = resolve_model(
+        name, cache_dir=Path(config.data.cache_dir), trust_remote_code=config.teacher.trust_remote_code
+    )
+    found = judge_folder(folder, config.evaluate.lm_eval, dtype=config.train.dtype, device=mesh.device.type)
+    for figures in found.values():
+        rows = with_figures(rows, len(rows) - 1, figures)
+    return rows
 
 
 COMMAND = Command(
-    usage="python -m launch.evaluate student.model=FOLDER [KEY=VALUE ...]",
-    about="perplexity on the held-out text and agreement with the teacher's first choice",
+    usage="python -m launch.evaluate teacher.model=NAME [student.model=FOLDER] [KEY=VALUE ...]",
+    about="perplexity on held-out text, agreement with the teacher, multiple choice, lm_eval; for both models or the teacher alone",
     run=evaluate,
-    needs=("teacher.model", "student.model", "data.path"),
 )
 
 if __name__ == "__main__":

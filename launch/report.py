@@ -20,9 +20,15 @@ _FILES = (
 
 def run_report(summary: Mapping[str, Any], folder: Path) -> str:
     """Return the result table of a run and the places of its files that are there."""
-    lines = [table(summary["table"]), ""] if summary.get("table") else []
+    lines = [judged_table(summary["table"]), ""] if summary.get("table") else []
     lines += [f"{name + ':':<12}{folder / file}" for name, file in _FILES if (folder / file).exists()]
     return "\n".join(lines)
+
+
+def judged_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of judged models: a column for all that any of them was judged by, but for standard errors."""
+    names = dict.fromkeys(name for row in rows for name in row if "_stderr" not in name)
+    return table([{name: row.get(name) for name in names} for row in rows])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

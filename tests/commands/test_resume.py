@@ -154,8 +154,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: str, *, call_number: int =
 @pytest.mark.parametrize(
     ("place", "call_number"),
     [
-        ("distill.prune.save_file", 1),  # the weights of the pruned student
-        pytest.param("distill.train.evaluate", 2, marks=pytest.mark.slow),  # the student's first judgement
+        ("distill.cut_files.save_file", 1),  # the weights of the pruned student
+        pytest.param("distill.judging.evaluate", 1, marks=pytest.mark.slow),  # the student's first judgement
         ("parallel.checkpoint.write_shards", 2),  # the second checkpoint
         pytest.param("distill.train.write_timeline", 1, marks=pytest.mark.slow),  # after the last judgement
         ("distill.deploy.export.copy_companions", 1),  # half of the student is written

@@ -75,6 +75,22 @@ def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest
     assert out[1] == "step 1/4  loss 3.0000  (hard 4.0000, soft 2.0000)  50 tokens/s  0:06 left"
 
 
+def test_figures_that_are_undefined_or_known_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(config_in(tmp_path), writes=True) as log:
+        level = {"eval/loss": 2.68, "eval/choices/animals/accuracy": 0.5}
+        log.evaluation(step=0, round=0, model="teacher", parameters=7, values=level, known=True)
+        log.evaluation(
+            step=2, round=0, model="student", parameters=5, values={"eval/loss": 3.0, "eval/gap_closed": None}
+        )
+    assert lines(tmp_path / "evaluations.jsonl")[1]["eval/gap_closed"] is None
+    assert capsys.readouterr().out.splitlines() == [
+        "held-out text, teacher, judged before: loss 2.68  animals/accuracy 0.5",
+        "held-out text, student after step 2: loss 3  gap_closed -",
+    ]
+
+
 def test_other_ranks_touch_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(config_in(tmp_path / "run", wandb="offline"), writes=False) as log:
         log.evaluation(step=0, round=0, model="teacher", parameters=7, values={"eval/loss": 2.68})

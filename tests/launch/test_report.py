@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.report import run_report, table
+from launch.report import judged_table, run_report, table
 
 
 def test_table_is_markdown_with_numbers_to_the_right() -> None:
@@ -15,6 +15,19 @@ def test_table_is_markdown_with_numbers_to_the_right() -> None:
         "| ------- | ----------: | ---------: | --------: |",
         "| teacher | 134,515,008 |      14.61 |         - |",
         "| pruned  | 101,000,000 | 51,000,000 |      0.51 |",
+    ]
+
+
+def test_a_table_of_judged_models_has_a_column_for_all_that_any_was_judged_by() -> None:
+    rows = [
+        {"model": "teacher", "loss": 2.0},
+        {"model": "student", "loss": 3.0, "choices/t/accuracy": 0.5, "choices/t/accuracy_stderr": 0.1},
+    ]
+    assert judged_table(rows).splitlines() == [
+        "| model   | loss | choices/t/accuracy |",
+        "| ------- | ---: | -----------------: |",
+        "| teacher |    2 |                  - |",
+        "| student |    3 |                0.5 |",
     ]
 
 

@@ -1,0 +1,102 @@
+"""lm_eval as a judge: the same answers as ours on the shipped task where it is installed, and one line where it fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distill.config import ConfigError
+from launch.lm_eval import judge_folder, with_figures
+
+ROOT = Path(__file__).parents[2]
+TASK = ROOT / "tests" / "lm_eval_task"
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, *, results: dict[str, Any] | None, code: int = 0) -> list[Any]:
+    """Let lm_eval be one that writes these results; return the calls of it."""
+    calls: list[Any] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        settings = json.loads(Path(command[-1]).read_text())
+        calls.append((command, options, settings))
+        if results is not None:
+            out = Path(settings["output_path"])
+            out.with_name("results_2026-01-01.json").write_text(json.dumps({"results": results}))
+        return SimpleNamespace(returncode=code, stderr="log\nValueError: no such task\n", stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_how_lm_eval_is_called_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("KEPT", "yes")
+    metrics = {"alias": "t", "sample_len": 5, "acc,none": 0.4, "acc_stderr,none": "N/A", "em,strict": 1}
+    calls = stand_in(monkeypatch, results={"t": metrics})
+    monkeypatch.chdir(tmp_path)
+    found = judge_folder(Path("student"), [str(TASK), "arc_easy"], dtype="float32", device="cpu")
+    assert list(found) == [str(TASK), "arc_easy"]
+    assert found["arc_easy"] == {"lm_eval/t/acc": 0.4, "lm_eval/t/em,strict": 1.0}
+    (command, local, settings), (_, hub, named) = calls
+    assert command[:5] == [sys.executable, "-m", "lm_eval", "run", "--config"]
+    assert local["cwd"] == TASK and hub["cwd"] is None
+    assert settings["tasks"] == [str(TASK)] and named["tasks"] == ["arc_easy"]
+    assert settings["model_args"] == {"pretrained": str(tmp_path / "student"), "dtype": "float32"}
+    assert local["env"]["KEPT"] == "yes" and not {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(local["env"])
+
+
+@pytest.mark.parametrize(("results", "code"), [(None, 0), ({"t": {}}, 1)])
+def test_a_failure_is_one_line(results: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, results=results, code=code)
+    with pytest.raises(ConfigError) as caught:
+        judge_folder(Path("student"), ["nonsense"], dtype="float32", device="cpu")
+    assert str(caught.value).startswith(
+        "evaluate.lm_eval=nonsense: lm_eval failed (ValueError: no such task); look"
+    )
+
+
+def test_figures_become_columns_of_the_judged_row() -> None:
+    rows = with_figures([{"model": "teacher"}, {"model": "student"}], 1, {"lm_eval/t/acc": 0.5})
+    assert rows == [
+        {"model": "teacher", "lm_eval/t/acc": None},
+        {"model": "student", "lm_eval/t/acc": 0.5},
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_lm_eval_and_our_own_judge_agree(tmp_path: Path) -> None:
+    from launch import evaluate
+    from tests.commands.tiny_run import call, make_inputs
+
+    torch.manual_seed(0)
+    inputs = make_inputs(tmp_path)
+    out = tmp_path / "out.json"
+    done = call(
+        evaluate.COMMAND,
+        inputs.settings(
+            tmp_path / "none",
+            "data.seq_len=64",
+            f"student.model={inputs.tied}",
+            f"evaluate.choices=[{TASK / 'animals.jsonl'}]",
+            f"evaluate.lm_eval=[{TASK}]",
+            f"evaluate.out={out}",
+        ),
+    )
+    assert done.code == 0, done.err
+    teacher, student = json.loads(out.read_text())["table"]
+    assert teacher["lm_eval/animals/acc"] is None
+    assert student["lm_eval/animals/acc"] == student["choices/animals/accuracy"]
+    assert student["lm_eval/animals/acc_bytes"] == student["choices/animals/accuracy_norm"]
+    assert student["lm_eval/animals/acc_stderr"] == pytest.approx(student["choices/animals/accuracy_stderr"])
+    with pytest.raises(ConfigError, match="evaluate.lm_eval=no_such_task: lm_eval failed"):
+        judge_folder(inputs.tied, ["no_such_task"], dtype="float32", device="cpu")
