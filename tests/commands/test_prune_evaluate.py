@@ -17,12 +17,12 @@ from tests.commands.tiny_run import STEPS, Inputs, call, read_lines, same_weight
 
 
 def rows(out: str) -> dict[str, dict[str, float]]:
-    """Return the rows of a printed table by the model's name."""
+    """Return the rows of a printed table by the model's name, without the cells that say nothing."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"
     ]
     return {
-        line[0]: {name: float(cell.replace(",", "")) for name, cell in zip(cells[0], line, strict=True) if name != "model"}
+        line[0]: {name: float(cell.replace(",", "")) for name, cell in zip(cells[0], line, strict=True) if name != "model" and cell != "-"}
         for line in cells[2:]
     }  # fmt: skip
 

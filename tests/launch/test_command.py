@@ -130,8 +130,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "student").mkdir()
     assert run_command(prune.COMMAND, [*READY, f"run.dir={tmp_path}"]) == 2
     assert "already holds a student; use another run.dir" in capsys.readouterr().err
-    assert run_command(evaluate.COMMAND, READY) == 2
-    assert "student.model=null must be given; use a hub id or a folder" in capsys.readouterr().err
+    assert run_command(evaluate.COMMAND, []) == 2
+    assert "teacher.model=null must be given; use a hub id, a folder" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("loss: {alpha: 0.9}\n")
     assert run_command(distill.COMMAND, [*READY, f"run.dir={tmp_path}"]) == 2
     assert f"error: run.dir={tmp_path} holds a run with " in capsys.readouterr().err
