@@ -27,6 +27,7 @@ _POSITIVE = (
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
     "loss.temperature",
+    "loss.top_k",
     "mesh.pp",
     "mesh.tp",
     "pipeline.virtual_stages",
@@ -55,7 +56,7 @@ _NOT_NEGATIVE = (
 _SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
 _WORDS = {
     "student.prune.method": ("activation", "l1"),
-    "loss.kind": ("forward_kl",),
+    "loss.kind": ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl"),
     "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     "pipeline.teacher": ("fill", "inline", "batch"),
     "train.recompute": ("none", "selective", "full"),
@@ -127,7 +128,7 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
         teacher, student: `PretrainedConfig`s; the student's is the pruned one when it is pruned from the teacher.
     Raises:
         ConfigError: more stages than layers, heads that tp does not divide, vocabularies that differ, rows longer
-            than the model's positions.
+            than the model's positions, `loss.top_k` ids or fewer in the vocabulary.
     """
     models = {"teacher": teacher.get_text_config(), "student": student.get_text_config()}
     virtual_stages = config.pipeline.virtual_stages
@@ -155,6 +156,11 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
         raise ConfigError(
             f"student.model={show(config.student.model)} has vocab_size={sizes['student']} but the teacher has "
             f"vocab_size={sizes['teacher']}; use a student with the teacher's tokenizer"
+        )
+    if config.loss.kind == "top_k_kl" and config.loss.top_k >= sizes["teacher"]:
+        raise ConfigError(
+            f"loss.top_k={config.loss.top_k} must be less than vocab_size={sizes['teacher']} of the teacher; "
+            f"use at most {sizes['teacher'] - 1}, or loss.kind=forward_kl"
         )
 
 
@@ -199,6 +205,11 @@ def _check_values(flat: dict[str, Any]) -> None:
     for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key}={flat[key]} is outside 0 to 1")
+    for key in ("loss.beta", "loss.skew"):
+        if not 0.001 <= flat[key] <= 0.999:
+            raise ConfigError(
+                f"{key}={flat[key]} must be 0.001 to 0.999; use loss.kind=forward_kl or reverse_kl for the limits"
+            )
     if not 0 <= (ratio := flat["student.prune.pruning_ratio"]) < 1:
         raise ConfigError(f"student.prune.pruning_ratio={ratio} must be 0 or more and less than 1")
     if not 0 < (fraction := flat["data.held_out_fraction"]) < 1:

@@ -59,11 +59,17 @@ class Student:
 @dataclass(frozen=True)
 class Loss:
     kind: str = "forward_kl"
-    """Soft loss by its formula: `forward_kl` = KL(teacher || student)."""
+    """Soft loss by its formula, p the teacher and q the student: `forward_kl` = KL(p || q), `reverse_kl` = KL(q || p), `jsd` = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, `skew_kl` = KL(p || skew p + (1 - skew) q), `tvd` = sum |p - q| / 2, `top_k_kl` = KL over the teacher's `top_k` most likely ids and all others as one."""
     temperature: float = 2.0
     """Softens both sides of the soft loss, which is scaled by its square; > 0."""
     alpha: float = 0.3
     """Weight of the hard loss (cross-entropy on the labels), 0 to 1; the soft loss gets the rest."""
+    beta: float = 0.5
+    """Weight of the teacher in `jsd`, 0.001 to 0.999; low leans to `forward_kl`, high to `reverse_kl`."""
+    skew: float = 0.1
+    """Weight of the teacher in the mixture of `skew_kl`, 0.001 to 0.999; low leans to `forward_kl`."""
+    top_k: int = 64
+    """Ids that `top_k_kl` tells apart, the teacher's most likely ones; fewer than the vocabulary has."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from distill.balance import count_work
 from distill.config import Config
 from distill.costs import Profile
+from distill.divergences import divergence_of
 from distill.loading import DTYPES
 from distill.losses import fused_distillation_loss
 from distill.step import head_of
@@ -177,7 +178,7 @@ class _Bench:
                 teacher_hidden_TE,
                 teacher_head,
                 labels_T,
-                kind=loss.kind,
+                divergence=divergence_of(loss),
                 temperature=loss.temperature,
                 alpha=loss.alpha,
                 num_valid_tokens=num_tokens,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill.config import Loss
 from distill.data import MicroBatch, Window
+from distill.divergences import divergence_of
 from distill.losses import Head, fused_distillation_loss
 from parallel.collectives import all_reduce_
 from parallel.gradients import grad_target
@@ -248,7 +249,7 @@ class DistillationStep:
             None if signal_BSE is None else signal_BSE.flatten(0, 1),
             None if self.teacher_model is None else head_of(self.teacher_model),
             self._microbatch(microbatch).labels_BS.flatten(),
-            kind=self.loss.kind,
+            divergence=divergence_of(self.loss),
             temperature=self.loss.temperature,
             alpha=self.loss.alpha,
             num_valid_tokens=max(1, self._now.num_valid_tokens.result()),

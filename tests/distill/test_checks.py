@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,11 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"loss": {"temperature": float("nan")}}, "loss.temperature=nan must be greater than 0"),
         ({"loss": {"alpha": 1.5}}, "loss.alpha=1.5 is outside 0 to 1"),
         ({"loss": {"alpha": -0.1}}, "loss.alpha=-0.1 is outside 0 to 1"),
-        ({"loss": {"kind": "forwardkl"}}, "loss.kind=forwardkl is not known; use forward_kl"),
+        ({"loss": {"kind": "forwardkl"}}, "loss.kind=forwardkl is not known; use forward_kl, reverse_kl, jsd, skew_kl, tvd or top_k_kl"),
+        ({"loss": {"beta": 0}}, "loss.beta=0.0 must be 0.001 to 0.999; use loss.kind=forward_kl or reverse_kl for the limits"),
+        ({"loss": {"beta": 1.0}}, "loss.beta=1.0 must be 0.001 to 0.999"),
+        ({"loss": {"skew": float("nan")}}, "loss.skew=nan must be 0.001 to 0.999"),
+        ({"loss": {"top_k": 0}}, "loss.top_k=0 must be greater than 0"),
         ({"rounds": [{"loss": {"alpha": 2}}]}, "loss.alpha=2.0 is outside 0 to 1"),
         ({"rounds": [{}, {}]}, "rounds has 2 entries; use one, progressive rounds are not built yet"),
         ({"rounds": []}, "rounds has 0 entries; use one"),
@@ -135,6 +140,16 @@ def test_models_that_do_not_fit(mesh: dict[str, int], teacher: Any, student: Any
     with pytest.raises(ConfigError) as caught:
         check_models(config, hf_config(**teacher), hf_config(**student))
     assert str(caught.value).startswith(words)
+
+
+def test_top_k_leaves_an_id_for_the_rest() -> None:
+    config = config_from_dict({**BASE, "loss": {"kind": "top_k_kl", "top_k": 100}})
+    with pytest.raises(
+        ConfigError, match="loss.top_k=100 must be less than vocab_size=100 .* use at most 99, or"
+    ):
+        check_models(config, hf_config(), hf_config())
+    check_models(replace(config, loss=replace(config.loss, top_k=99)), hf_config(), hf_config())
+    check_models(replace(config, loss=replace(config.loss, kind="jsd")), hf_config(), hf_config())
 
 
 def test_models_that_fit() -> None:
