@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, ConfigError
+from distill.annealing import Stages, extremes
+from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 
 _POSITIVE = (
@@ -26,7 +27,6 @@ _POSITIVE = (
     "student.prune.num_attention_heads",
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
-    "loss.temperature",
     "loss.top_k",
     "mesh.pp",
     "mesh.tp",
@@ -53,7 +53,7 @@ _NOT_NEGATIVE = (
     "checkpoint.every",
     "evaluate.every",
 )
-_SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
+_SHARES = ("optimizer.min_lr_ratio",)
 _WORDS = {
     "student.prune.method": ("activation", "l1"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl"),
@@ -87,7 +87,9 @@ def check_config(
     """
     _check_rounds(config)
     for index in range(len(config.rounds)):
-        _check_values(flatten(config_to_dict(round_config(config, index))))
+        settings = round_config(config, index)
+        _check_values(flatten(config_to_dict(settings)))
+        _check_schedules(settings.loss)
     config = fill_mesh(config, world_size)
     _check_batch(config)
     _check_paths(config, needs)
@@ -219,6 +221,21 @@ def _check_values(flat: dict[str, Any]) -> None:
             f"optimizer.betas={show(flat['optimizer.betas'])} must each be 0 or more and less than 1"
         )
     _check_related(flat)
+
+
+def _check_schedules(loss: Loss) -> None:
+    """Check every value that the temperature and alpha take."""
+    for name in ("temperature", "alpha"):
+        number, shown = getattr(loss, name), show(config_to_dict(loss)[name])
+        if isinstance(number, Stages) and min(number.values, default=-1) != 0:
+            raise ConfigError(
+                f"loss.{name}={shown} must name step 0 as the first, as in values: {{0: ..., 100: ...}}"
+            )
+        for value in extremes(number):
+            if name == "temperature" and not 0 < value < math.inf:
+                raise ConfigError(f"loss.{name}={shown} must be greater than 0")
+            if name == "alpha" and not 0 <= value <= 1:
+                raise ConfigError(f"loss.{name}={shown} is outside 0 to 1")
 
 
 def _check_related(flat: dict[str, Any]) -> None:

@@ -31,15 +31,13 @@ from distill.vocab_shards import NO_MAXIMUM, Block, Divergence, Settled, Shards
 
 
 @dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(Divergence):
     """KL(p || q), in one pass: its shards' sums are relative to their own maxima and are shifted afterwards.
 
     d KL / d s_v = q_v - p_v,  s the student's tempered logits.
     """
 
     num_numbers: ClassVar[int] = 1
-    num_sums: ClassVar[int] = 0
-    fewest_ids: ClassVar[int] = 1
 
     def shard_numbers_(
         self,
@@ -70,7 +68,7 @@ FORWARD_KL = ForwardKL()
 
 
 @dataclass(frozen=True)
-class FDivergence:
+class FDivergence(Divergence):
     """sum_v p * f(q / p) with a convex f, f(1) = 0, in a second pass over p and q.
 
         d / d s_v = q_v * (f'(q_v / p_v) - sum_u q_u * f'(q_u / p_u)),  s the student's tempered logits
@@ -81,9 +79,7 @@ class FDivergence:
     """
 
     terms: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    num_numbers: ClassVar[int] = 0
     num_sums: ClassVar[int] = 2
-    fewest_ids: ClassVar[int] = 1
 
     def shard_sums_(self, block: Block) -> Tensor:
         """Return the sums of p * f and of q * f'; writes f' over the teacher's logits."""
@@ -111,10 +107,10 @@ def reverse_kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, fall: Tensor) -> t
 def jsd_terms(p: Tensor, q: Tensor, log_ratio: Tensor, fall: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """beta * p * log(p / m) + (1 - beta) * q * log(q / m); its derivative by q is (1 - beta) * log(q / m).
 
-    The weight beta is the teacher's in m, and that of KL(teacher || m): D_JSD(beta)(p || q) of Agarwal et al. 2024 (GKD),
-    section 2. Others give beta to the student in m, or keep halves as the outer weights. Divided by beta it tends to
-    KL(p || q) as beta goes to 0, and divided by 1 - beta to KL(q || p) as beta goes to 1; undivided, as here, to 0 at both
-    ends. At 0.5 it is symmetric and at most log 2.
+    The weight beta is the teacher's, in m and outside: D_JSD(beta)(p || q) of Agarwal et al. 2024 (GKD). Divided by beta it
+    tends to KL(p || q) as beta goes to 0, and divided by 1 - beta to KL(q || p) as beta goes to 1; undivided, as here, to 0
+    at both ends. TRL's `generalized_jsd_loss` is the same between the ends, and at them takes the two KLs undivided.
+    At 0.5 it is symmetric and at most log 2.
     """
     over_p, over_q = _log_mixture(log_ratio, fall, beta)
     value = over_p.mul_(p).mul_(-beta).sub_((q * over_q).mul_(1 - beta))
@@ -165,7 +161,7 @@ def _log_mixture(log_ratio: Tensor, fall: Tensor, weight: float) -> tuple[Tensor
 
 
 @dataclass(frozen=True)
-class TopKKL:
+class TopKKL(Divergence):
     """KL(P || Q) of k + 1 categories: the teacher's k most likely ids of the whole vocabulary, and the rest as one.
 
         d / d s_v = q_v - p_v for the k ids,  q_v * (1 - P_rest / Q_rest) for the others
@@ -175,7 +171,6 @@ class TopKKL:
     """
 
     k: int
-    num_sums: ClassVar[int] = 0
 
     @property
     def num_numbers(self) -> int:

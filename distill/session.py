@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def bind_step(
         teacher=teacher if config.needs_teacher else None,
         optimizer=optimizer,
         course=planner.course,
-        loss=config.loss,
+        loss=partial(config.loss.at, num_steps=config.train.steps),
         links=links,
         batches=batches,
     )

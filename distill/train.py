@@ -170,6 +170,8 @@ def _metrics(state: _State, stats: StepStats, planner: Planner, peak_bytes: int)
         loss_total=stats.total,
         loss_hard=stats.hard,
         loss_soft=stats.soft,
+        loss_temperature=stats.temperature,
+        loss_alpha=stats.alpha,
         grad_norm=stats.grad_norm,
         lr=stats.learning_rate,
         step_s=stats.step_s,

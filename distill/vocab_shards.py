@@ -9,7 +9,7 @@ teacher's and the student's softmax of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ class Block(NamedTuple):
 
     student: Tensor
     """Tempered logits."""
-    teacher: Tensor
-    """Tempered logits, until a second pass has written its own over them."""
+    teacher: Tensor | None
+    """Tempered logits, until a second pass has written its own over them; None without a teacher."""
     factors: Factors
     scratch: Tensor
     """[3, B, V/tp]; the third belongs to the hard term in `gradient`."""
@@ -109,11 +109,11 @@ class Divergence(Protocol):
     `num_sums`: `shard_sums_` of each block; one more gather. Then `settle`, and for each block `gradient_`.
     """
 
-    num_numbers: int
+    num_numbers: ClassVar[int] = 0
     """Numbers a token that `shard_numbers_` fills; 0 leaves it out."""
-    num_sums: int
+    num_sums: ClassVar[int] = 0
     """Sums a token that `shard_sums_` returns; 0 leaves the second pass out, and its gather."""
-    fewest_ids: int
+    fewest_ids: ClassVar[int] = 1
     """Smallest vocabulary it is defined for."""
 
     def shard_numbers_(
