@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, ConfigError
+from distill.annealing import Stages, extremes
+from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
 from distill.rounds import rounds_of
@@ -29,7 +30,7 @@ _POSITIVE = (
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
     "student.sparsity.steps",
-    "loss.temperature",
+    "loss.top_k",
     "mesh.pp",
     "mesh.tp",
     "pipeline.virtual_stages",
@@ -57,14 +58,14 @@ _NOT_NEGATIVE = (
     "checkpoint.every",
     "evaluate.every",
 )
-_SHARES = ("loss.alpha", "optimizer.min_lr_ratio")
+_SHARES = ("optimizer.min_lr_ratio",)
 _WORDS = {
     "student.prune.method": ("activation", "l1", "l2", "random"),
     "student.prune.depth_method": (None, "block_influence", "leave_one_out", "random"),
     "student.sparsity.method": (None, "magnitude", "wanda"),
     "student.sparsity.pattern": ("unstructured", "2:4"),
     "student.sparsity.schedule": ("at_once", "cubic", "linear"),
-    "loss.kind": ("forward_kl",),
+    "loss.kind": ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl"),
     "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     "pipeline.teacher": ("fill", "inline", "batch"),
     "train.recompute": ("none", "selective", "full"),
@@ -97,6 +98,7 @@ def check_config(
     _check_rounds(config)
     for settings in rounds_of(config):
         _check_values(flatten(config_to_dict(settings)))
+        _check_schedules(settings.loss)
     config = fill_mesh(config, world_size)
     for index, settings in enumerate(rounds_of(config)):
         _check_batch(settings)
@@ -134,80 +136,6 @@ def fill_mesh(config: Config, world_size: int) -> Config:
     return config
 
 
-def check_models(config: Config, teacher: Any, student: Any) -> None:
-    """Check the settings against the models' transformers configs; `mesh.dp` must be filled in.
-
-    Args:
-        teacher, student: `PretrainedConfig`s; the student's is the pruned one when it is pruned from the teacher.
-    Raises:
-        ConfigError: more stages than layers, heads that tp does not divide, vocabularies that differ, rows longer
-            than the model's positions.
-    """
-    models = {"teacher": teacher.get_text_config(), "student": student.get_text_config()}
-    virtual_stages = config.pipeline.virtual_stages
-    for who, model in models.items():
-        if config.mesh.pp > model.num_hidden_layers:
-            raise ConfigError(
-                f"mesh.pp={config.mesh.pp} is more than num_hidden_layers={model.num_hidden_layers} of the {who}; "
-                f"use at most {model.num_hidden_layers}"
-            )
-        if who == "student" and config.mesh.pp * virtual_stages > model.num_hidden_layers:
-            raise ConfigError(
-                f"mesh.pp={config.mesh.pp} x pipeline.virtual_stages={virtual_stages} is more than "
-                f"num_hidden_layers={model.num_hidden_layers} of the student; use at most "
-                f"{model.num_hidden_layers // config.mesh.pp} virtual stages"
-            )
-        longest = getattr(model, "max_position_embeddings", None)
-        if longest is not None and config.data.seq_len > longest:
-            raise ConfigError(
-                f"data.seq_len={config.data.seq_len} is longer than max_position_embeddings={longest} of the {who}; "
-                f"use at most {longest}"
-            )
-    _check_heads(config.mesh.tp, models)
-    if config.student.sparsity.method is not None and config.student.sparsity.pattern == "2:4":
-        _check_groups(config.mesh.tp, models["student"])
-    sizes = {who: model.vocab_size for who, model in models.items()}
-    if sizes["teacher"] != sizes["student"]:
-        raise ConfigError(
-            f"student.model={show(config.student.model)} has vocab_size={sizes['student']} but the teacher has "
-            f"vocab_size={sizes['teacher']}; use a student with the teacher's tokenizer"
-        )
-
-
-def _check_heads(tp: int, models: dict[str, Any]) -> None:
-    counts = {
-        (who, name): count
-        for who, model in models.items()
-        for name in ("num_attention_heads", "num_key_value_heads")
-        if (count := getattr(model, name, None))
-    }
-    common = math.gcd(*counts.values())
-    divisors = [size for size in range(1, common + 1) if common % size == 0]
-    for (who, name), count in counts.items():
-        if count % tp:
-            raise ConfigError(
-                f"mesh.tp={tp} does not divide {name}={count} of the {who}; use {either(divisors)}"
-            )
-
-
-def _check_groups(tp: int, student: Any) -> None:
-    """Check that the inputs of every linear come in whole groups of four, also where tp cuts them."""
-    heads = student.num_attention_heads
-    head_width = getattr(student, "head_dim", None) or student.hidden_size // heads
-    cut = {"intermediate_size": student.intermediate_size, "query heads x head width": heads * head_width}
-    for name, size, parts in (
-        ("hidden_size", student.hidden_size, 1),
-        *((*item, tp) for item in cut.items()),
-    ):
-        if size % (4 * parts):
-            fitting = [count for count in range(1, parts) if size % (4 * count) == 0]
-            advice = f"mesh.tp={either(fitting)}" if fitting else "student.sparsity.pattern=unstructured"
-            raise ConfigError(
-                f"student.sparsity.pattern=2:4 needs inputs in groups of four on every rank, but mesh.tp={tp} does not "
-                f"leave {name}={size} of the student in such; use {advice}"
-            )
-
-
 def _check_rounds(config: Config) -> None:
     if not config.rounds:
         raise ConfigError(
@@ -233,6 +161,11 @@ def _check_values(flat: dict[str, Any]) -> None:
     for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key}={flat[key]} is outside 0 to 1")
+    for key in ("loss.beta", "loss.skew"):
+        if not 0.001 <= flat[key] <= 0.999:
+            raise ConfigError(
+                f"{key}={flat[key]} must be 0.001 to 0.999; use loss.kind=forward_kl or reverse_kl for the limits"
+            )
     if not 0 <= (ratio := flat["student.prune.pruning_ratio"]) < 1:
         raise ConfigError(f"student.prune.pruning_ratio={ratio} must be 0 or more and less than 1")
     if not 0 < (fraction := flat["data.held_out_fraction"]) < 1:
@@ -242,6 +175,21 @@ def _check_values(flat: dict[str, Any]) -> None:
             f"optimizer.betas={show(flat['optimizer.betas'])} must each be 0 or more and less than 1"
         )
     _check_related(flat)
+
+
+def _check_schedules(loss: Loss) -> None:
+    """Check every value that the temperature and alpha take."""
+    for name in ("temperature", "alpha"):
+        number, shown = getattr(loss, name), show(config_to_dict(loss)[name])
+        if isinstance(number, Stages) and min(number.values, default=-1) != 0:
+            raise ConfigError(
+                f"loss.{name}={shown} must name step 0 as the first, as in values: {{0: ..., 100: ...}}"
+            )
+        for value in extremes(number):
+            if name == "temperature" and not 0 < value < math.inf:
+                raise ConfigError(f"loss.{name}={shown} must be greater than 0")
+            if name == "alpha" and not 0 <= value <= 1:
+                raise ConfigError(f"loss.{name}={shown} is outside 0 to 1")
 
 
 def _check_related(flat: dict[str, Any]) -> None:
@@ -339,16 +287,3 @@ def _is_local(name: str) -> bool:
     """Whether a name can only be a path: hub ids are `name` or `owner/name`, without a suffix of a text or weight file."""
     suffixes = (".gguf", ".txt", ".md", ".jsonl", ".json", ".parquet")
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith((*suffixes, "/"))
-
-
-def not_finite(config: Config, key: str, what: str) -> ConfigError:
-    """Return the error for a model that computes no finite numbers.
-
-    Args:
-        key: the setting that names the model.
-        what: where it showed.
-    """
-    return ConfigError(
-        f"{key}={flatten(config_to_dict(config))[key]}: {what}; its weights hold NaN or infinity, or overflow in "
-        f"train.dtype={config.train.dtype}; use another model or a wider dtype"
-    )

@@ -1,15 +1,18 @@
 """The settings of a run, as frozen dataclasses whose field names are the keys a user types.
 
 Decides: names, types and defaults, each with its meaning in the string below it (`--help` and the comments in
-`recipes/` repeat these strings). Assumes nothing: no torch, no YAML, no Hydra. Does not judge values; that is
+`recipes/` repeat these strings). Assumes nothing: no torch, no YAML, no Hydra. What may change over the steps is
+`distill.annealing`. Does not judge values; that is
 `distill.checks`. `distill.convert` builds a `Config` from plain dictionaries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from distill.annealing import Ramp, Stages, extremes, value_at
 
 
 class ConfigError(ValueError):
@@ -77,11 +80,22 @@ class Student:
 @dataclass(frozen=True)
 class Loss:
     kind: str = "forward_kl"
-    """Soft loss by its formula: `forward_kl` = KL(teacher || student)."""
-    temperature: float = 2.0
-    """Softens both sides of the soft loss, which is scaled by its square; > 0."""
-    alpha: float = 0.3
-    """Weight of the hard loss (cross-entropy on the labels), 0 to 1; the soft loss gets the rest."""
+    """Soft loss by its formula, p the teacher and q the student: `forward_kl` = KL(p || q), `reverse_kl` = KL(q || p), `jsd` = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, `skew_kl` = KL(p || skew p + (1 - skew) q), `tvd` = sum |p - q| / 2, `top_k_kl` = KL over the teacher's `top_k` most likely ids and all others as one."""
+    temperature: float | Ramp | Stages = 2.0
+    """Softens both sides of the soft loss, which is scaled by its square; > 0. A number, or over the steps of a round `{kind: linear, start: 4, end: 1}`, `{kind: cosine, start: 4, end: 1}` or `{kind: steps, values: {0: 4, 100: 2}}` (from that step on, counted from 0)."""
+    alpha: float | Ramp | Stages = 0.3
+    """Weight of the hard loss (cross-entropy on the labels), 0 to 1; the soft loss gets the rest. A number, or a mapping as for `temperature`."""
+    beta: float = 0.5
+    """Weight of the teacher in `jsd`, 0.001 to 0.999; low leans to `forward_kl`, high to `reverse_kl`."""
+    skew: float = 0.1
+    """Weight of the teacher in the mixture of `skew_kl`, 0.001 to 0.999; low leans to `forward_kl`."""
+    top_k: int = 64
+    """Ids that `top_k_kl` tells apart, the teacher's most likely ones; fewer than the vocabulary has."""
+
+    def at(self, step: int, num_steps: int) -> Loss:
+        """Return the settings of step `step` (from 0) of a round of `num_steps`, with numbers for what changes."""
+        temperature, alpha = (value_at(each, step, num_steps) for each in (self.temperature, self.alpha))
+        return replace(self, temperature=temperature, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -250,8 +264,8 @@ class Config:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss looks at the teacher at all."""
-        return self.loss.alpha < 1
+        """Whether the loss looks at the teacher at any step."""
+        return min(extremes(self.loss.alpha)) < 1
 
     @property
     def num_microbatches(self) -> int:

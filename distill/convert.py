@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from distill.annealing import EXAMPLE, is_schedule
 from distill.config import Config, ConfigError
 
 ROUND_KEYS = (
@@ -73,10 +74,10 @@ def round_config(config: Config, index: int) -> Config:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"train.steps": 100, ...}` of nested dictionaries; lists are values, not branches."""
+    """Return `{"train.steps": 100, ...}` of nested dictionaries; lists and schedules are values, not branches."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not is_schedule(value):
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
@@ -152,7 +153,13 @@ def _match(hint: Any, value: Any) -> tuple[bool, Any]:
     if origin is tuple:
         return _match_tuple(typing.get_args(hint), value)
     if origin is Mapping:
-        return isinstance(value, Mapping), value
+        return _match_mapping(typing.get_args(hint), value)
+    if origin is typing.Literal:
+        return value in typing.get_args(hint), value
+    if is_dataclass(hint):
+        return _match_fields(hint, value)
+    if hint is Any:
+        return True, value
     if hint is float and type(value) is int:
         return True, float(value)
     return type(value) is hint, value
@@ -167,10 +174,31 @@ def _match_tuple(hints: Sequence[Any], value: Any) -> tuple[bool, Any]:
     return len(hints) == len(value) and all(fits for fits, _ in pairs), tuple(item for _, item in pairs)
 
 
+def _match_mapping(hints: tuple[Any, Any], value: Any) -> tuple[bool, Any]:
+    if not isinstance(value, Mapping):
+        return False, value
+    pairs = [tuple(_match(hint, part) for hint, part in zip(hints, item)) for item in value.items()]
+    fits = all(matches for item in pairs for matches, _ in item)
+    return fits, {name: converted for (_, name), (_, converted) in pairs}
+
+
+def _match_fields(hint: Any, value: Any) -> tuple[bool, Any]:
+    """Return whether a mapping has just the fields of a dataclass that is one value, and that value."""
+    hints = typing.get_type_hints(hint)
+    if not isinstance(value, Mapping) or value.keys() != hints.keys():
+        return False, value
+    built = {name: _match(hints[name], value[name]) for name in hints}
+    if not all(matches for matches, _ in built.values()):
+        return False, value
+    return True, hint(**{name: converted for name, (_, converted) in built.items()})
+
+
 def _describe(hint: Any) -> str:
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        return either(_describe(choice) for choice in choices)
+        return either(dict.fromkeys(_describe(choice) for choice in choices))
+    if is_dataclass(hint):
+        return f"a schedule like {EXAMPLE}"
     if origin is tuple and choices[-1] is Ellipsis:
         return f"a list of entries that are each {_describe(choices[0])}"
     if origin is tuple:
@@ -183,9 +211,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in over.items():
         below = merged.get(name)
-        merged[name] = (
-            _merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-        )
+        branches = isinstance(value, Mapping) and isinstance(below, Mapping) and not is_schedule(value)
+        merged[name] = _merge(below, value) if branches else value
     return merged
 
 

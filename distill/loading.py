@@ -15,9 +15,9 @@ import torch
 from transformers import PretrainedConfig
 
 from distill.balance import Split, split_models
-from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.model_checks import check_models
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.rounds import Lineage, lineage_of
 from distill.shape import planned_config, resolve_shape

@@ -1,14 +1,13 @@
 """The distillation loss: both heads, both terms and their gradients in one function; the same for evaluation.
 
-    loss = alpha * CE(student, labels) + (1 - alpha) * T**2 * KL(softmax(teacher / T) || softmax(student / T))
+    loss = alpha * CE(student, labels) + (1 - alpha) * T**2 * D(softmax(teacher / T), softmax(student / T))
 
 summed over valid tokens and divided by the number of valid tokens of the whole step, which is given. Decides
-which tokens count, how the two terms are weighted, which divergences exist (`SOFT_TERMS`), and that gradients
-are computed during the forward pass, so that no logits outlive their chunk: memory beyond inputs and
+which tokens count, how the two terms are weighted, and that gradients are computed during the forward pass, so that no logits outlive their chunk: memory beyond inputs and
 gradients is O(chunk * V/tp). Assumes that every rank of tp passes the same hidden states and labels, and its
 `shard_range` of both vocabularies. Computes in float32, or in float64 for float64 inputs. Does not count
 tokens over micro-batches or replicas, and does not reduce weight gradients over dp. How a sharded vocabulary
-is handled is `distill.vocab_chunks`.
+is handled is `distill.vocab_chunks`, which D there are `distill.divergences`.
 
 Letters: T tokens, C tokens of a chunk, D and E residual width of student and teacher, V vocabulary.
 """
@@ -23,44 +22,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill.divergences import FORWARD_KL
 from distill.head import Head, compute_dtype
 from distill.packing import IGNORE
 from distill.token_batch import TokenBatch
-from distill.vocab_chunks import Shards, SoftTerm
+from distill.vocab_shards import Divergence
 from parallel.collectives import all_reduce_
 from parallel.mesh import Axis
 
 SINGLE = Axis("tp")
-
-
-class ForwardKL:
-    """KL(p || q) = sum_v p_v * (log p_v - log q_v), p the teacher, q the student.
-
-    Formed from differences of logits, so that equal models give exactly 0 and a small KL keeps its digits.
-    """
-
-    @staticmethod
-    def shard_sum(exp_p: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return [B] sums of exp_p * log_ratio."""
-        return log_ratio.mul_(exp_p).sum(1)
-
-    @staticmethod
-    def value(shards: Shards) -> Tensor:
-        """Return [C] values, nats."""
-        # The shards' sums are relative to their own maxima: shift both to the whole vocabulary's.
-        rise_p = shards.max_p - shards.max_p.amax(0)
-        rise_q = shards.max_q - shards.max_q.amax(0)
-        whole = (rise_p.exp() * (shards.divergence + shards.sum_p * (rise_p - rise_q))).sum(0)
-        return whole / shards.whole_p() + torch.log(shards.whole_q() / shards.whole_p())
-
-    @staticmethod
-    def gradient_(q: Tensor, p: Tensor) -> Tensor:
-        """Write q - p over `p` and return it."""
-        return torch.sub(q, p, out=p)
-
-
-SOFT_TERMS: dict[str, type[SoftTerm]] = {"forward_kl": ForwardKL}
-"""Divergence of a token's two distributions, by the name of its formula (`loss.kind`)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +72,7 @@ def fused_distillation_loss(
     teacher_head: Head | None,
     labels_T: Tensor,
     *,
-    kind: str = "forward_kl",
+    divergence: Divergence = FORWARD_KL,
     temperature: float,
     alpha: float,
     num_valid_tokens: int,
@@ -114,16 +84,16 @@ def fused_distillation_loss(
 ) -> LossResult:
     """Compute the loss of a micro-batch and its gradients, outside autograd.
 
-        d loss / d s = (alpha * (softmax(s) - onehot) + (1 - alpha) * T * (softmax(s/T) - softmax(t/T))) / N
+        d loss / d s = (alpha * (softmax(s) - onehot) + (1 - alpha) * T * dD / d (s/T)) / N
 
-    with s and t the logits of student and teacher.
+    with s and t the logits of student and teacher; for forward_kl dD / d (s/T) is softmax(s/T) - softmax(t/T).
 
     Args:
         student_hidden_TD: [T, D] final hidden states, the same on every rank of tp.
         student_head: this rank's shard of the head.
         teacher_hidden_TE, teacher_head: likewise, [T, E]; not touched when alpha is 1, and may be None then.
         labels_T: [T] ids, already shifted; `IGNORE` positions contribute nothing and cost nothing.
-        kind: the soft term, a key of `SOFT_TERMS`.
+        divergence: D of the soft term.
         temperature: T > 0; the T**2 is applied here and nowhere else.
         alpha: weight of the hard term, 0 to 1.
         num_valid_tokens: N, valid tokens of the whole step over micro-batches and replicas.
@@ -134,11 +104,13 @@ def fused_distillation_loss(
     Returns:
         The terms and the hidden gradient. Without a valid token: zeros, and no collective on any rank.
     Raises:
-        ValueError: shapes that do not fit, unknown kind, T <= 0, alpha outside 0..1, a label outside 0..V-1.
-    Collectives: for each chunk, tp all-gather [7, C] float64, all-reduce sum [C, D] (asynchronous).
+        ValueError: shapes that do not fit, T <= 0, alpha outside 0..1, a label outside 0..V-1,
+            a vocabulary that is too small for the divergence.
+    Collectives: for each chunk, tp all-gather [6 + n, C] float64 (forward_kl: n = 1); for divergences of two passes tp
+        all-gather [2, C] float64; all-reduce sum [C, D] (asynchronous).
     Source: Hinton et al. 2015, section 2 (T**2); Shoeybi et al. 2019 (vocabulary split).
     """
-    _check_loss(kind, temperature, alpha)
+    _check_loss(temperature, alpha)
     if alpha == 1:
         # Nothing is tempered then, and the chunks skip what only tempering needs.
         teacher_hidden_TE, teacher_head, temperature = None, None, 1.0
@@ -149,17 +121,21 @@ def fused_distillation_loss(
     batch = TokenBatch(student_hidden_TD, student_head, teacher_hidden_TE, teacher_head, labels_T, tp)
     grad_hidden_TD = torch.zeros_like(student_hidden_TD) if need_grad else None
     hard, soft = torch.zeros(2, dtype=torch.float64, device=labels_T.device)
-    term = SOFT_TERMS[kind]
     pending: _PendingGradient | None = None
-    for chunk, part in batch.chunks(temperature=temperature, term=term, chunk_tokens=chunk_tokens):
+    for chunk, part in batch.chunks(
+        temperature=temperature, divergence=divergence, chunk_tokens=chunk_tokens
+    ):
         hard += part.shards.cross_entropy(temperature).sum() / num_valid_tokens
+        settled = None
         if teacher_head is not None:
-            soft += term.value(part.shards).sum() * (temperature**2 / num_valid_tokens)
+            settled = chunk.settle(part.shards)
+            soft += settled.value_C.sum() * (temperature**2 / num_valid_tokens)
         if grad_hidden_TD is None:
             continue
         grad_CV = chunk.gradient(
             part.shards,
             part.labels_C,
+            settled,
             hard_weight=alpha / num_valid_tokens,
             soft_weight=(1 - alpha) * temperature**2 / num_valid_tokens,
         )
@@ -184,7 +160,7 @@ def distillation_loss(
     teacher_head: Head | None,
     labels_T: Tensor,
     *,
-    kind: str = "forward_kl",
+    divergence: Divergence = FORWARD_KL,
     temperature: float,
     alpha: float,
     num_valid_tokens: int | None = None,
@@ -206,7 +182,7 @@ def distillation_loss(
         num_valid_tokens = max(1, int((labels_T != IGNORE).sum()))
     compute = partial(
         fused_distillation_loss,
-        kind=kind,
+        divergence=divergence,
         temperature=temperature,
         alpha=alpha,
         num_valid_tokens=num_valid_tokens,
@@ -237,19 +213,17 @@ def evaluate_tokens(
     """
     batch = TokenBatch(student_hidden_TD, student_head, teacher_hidden_TE, teacher_head, labels_T, tp)
     nll = kl = agreement = correct = 0.0
-    for chunk, part in batch.chunks(temperature=1.0, term=ForwardKL, chunk_tokens=chunk_tokens):
+    for chunk, part in batch.chunks(temperature=1.0, divergence=FORWARD_KL, chunk_tokens=chunk_tokens):
         ids_C = chunk.most_likely(chunk.student_CV[: len(part.labels_C)])
         nll += part.shards.cross_entropy(1.0).sum()
         correct += (ids_C == part.labels_C).sum()
         if chunk.teacher_CV is not None:
-            kl += ForwardKL.value(part.shards).sum()
+            kl += chunk.settle(part.shards).value_C.sum()
             agreement += (ids_C == chunk.most_likely(chunk.teacher_CV[: len(ids_C)])).sum()
     return TokenStats(float(nll), float(kl), int(agreement), int(correct), len(batch.positions))
 
 
-def _check_loss(kind: str, temperature: float, alpha: float) -> None:
-    if kind not in SOFT_TERMS:
-        raise ValueError(f"loss kind {kind!r} is not one of {', '.join(SOFT_TERMS)}")
+def _check_loss(temperature: float, alpha: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     if not 0 <= alpha <= 1:

@@ -49,6 +49,8 @@ _NAMES = {
     "loss_total": "loss/total",
     "loss_hard": "loss/hard",
     "loss_soft": "loss/soft",
+    "loss_temperature": "loss/temperature",
+    "loss_alpha": "loss/alpha",
     "grad_norm": "optim/grad_norm",
     "lr": "optim/lr",
     "step_s": "time/step_s",
@@ -74,6 +76,9 @@ class StepMetrics:
     loss_hard: float
     loss_soft: float
     """Nats per valid token; the soft loss with its T^2."""
+    loss_temperature: float
+    loss_alpha: float
+    """Of this step."""
     grad_norm: float
     """Before clipping."""
     lr: float

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distill.annealing import extremes
 from distill.balance import count_work
 from distill.config import Config
 from distill.costs import Profile
+from distill.divergences import divergence_of
 from distill.loading import DTYPES
 from distill.losses import fused_distillation_loss
 from distill.step import head_of
@@ -160,7 +162,9 @@ class _Bench:
 
     def heads_and_loss(self, student_config: PretrainedConfig, teacher_config: PretrainedConfig) -> float:
         """Return the seconds of both heads and the loss with its gradients, every token valid."""
+        # Of a step that computes all there is: with the teacher, and tempered.
         loss = self._config.loss
+        temperature, alpha = max(extremes(loss.temperature)), min(extremes(loss.alpha))
         student = self.stage(student_config, rank=2, trainable=True)
         student_hidden_TD = self._hidden(student).flatten(0, 1)
         teacher_head, teacher_hidden_TE = None, None
@@ -177,9 +181,9 @@ class _Bench:
                 teacher_hidden_TE,
                 teacher_head,
                 labels_T,
-                kind=loss.kind,
-                temperature=loss.temperature,
-                alpha=loss.alpha,
+                divergence=divergence_of(loss),
+                temperature=temperature,
+                alpha=alpha,
                 num_valid_tokens=num_tokens,
                 grad_weight_out_VD=grad_target(student.head.weight),
                 grad_bias_out_V=None if bias is None else grad_target(bias),

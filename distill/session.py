@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def bind_step(
         teacher=teacher if config.needs_teacher else None,
         optimizer=optimizer,
         course=planner.course,
-        loss=config.loss,
+        loss=partial(config.loss.at, num_steps=config.train.steps),
         links=links,
         batches=batches,
     )

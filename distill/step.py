@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill.config import Loss
 from distill.data import MicroBatch, Window
+from distill.divergences import divergence_of
 from distill.losses import Head, fused_distillation_loss
 from parallel.collectives import all_reduce_
 from parallel.gradients import grad_target
@@ -67,8 +68,11 @@ class StepStats:
     hard: float
     """Cross-entropy, nats per valid token."""
     soft: float
-    """T^2 KL, nats per valid token."""
+    """T^2 times the divergence, nats per valid token; 0 where alpha is 1."""
     total: float
+    temperature: float
+    alpha: float
+    """Of this step."""
     grad_norm: float
     learning_rate: float
     num_valid_tokens: int
@@ -82,6 +86,7 @@ class _Progress:
     """What changes while a step runs."""
 
     step: int
+    loss: Loss
     num_valid_tokens: Future[int]
     hard: Tensor
     soft: Tensor
@@ -100,7 +105,7 @@ class DistillationStep:
         teacher: this rank's stage; may be None when the loss is the hard one alone.
         optimizer: of the student's stages.
         course: the plans of each step.
-        loss: kind, temperature, alpha.
+        loss: step -> its kind, temperature and alpha, in numbers.
         links: channels to the neighbour stages.
         batches: the micro-batches of an optimizer step, on this replica; asked ahead of the step.
     """
@@ -113,7 +118,7 @@ class DistillationStep:
         teacher: StageModel | None,
         optimizer: StageOptimizer,
         course: Course,
-        loss: Loss,
+        loss: Callable[[int], Loss],
         links: Links,
         batches: Callable[[int], Sequence[MicroBatch]],
     ) -> None:
@@ -155,7 +160,7 @@ class DistillationStep:
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         tokens = sum(batch.num_valid_tokens for batch in self._window.step(step))
         count = self._executor.beside(lambda: self._count_tokens(tokens))
-        self._now = _Progress(step, count, zero.clone(), zero.clone())
+        self._now = _Progress(step, self.loss(step), count, zero.clone(), zero.clone())
         self.optimizer.zero_grad()
         busy_s = 0.0
         for plan, first_microbatch in self.course.of(step):
@@ -240,7 +245,7 @@ class DistillationStep:
         if signal_BSE is not None and signal_BSE.is_cuda:
             # Made on the teacher's stream; its memory must not go back there before this one has read it.
             signal_BSE.record_stream(torch.cuda.current_stream(signal_BSE.device))
-        head = student.head
+        head, loss = student.head, self._now.loss
         trains = head.weight.requires_grad
         result = fused_distillation_loss(
             hidden_BSD.flatten(0, 1),
@@ -248,9 +253,9 @@ class DistillationStep:
             None if signal_BSE is None else signal_BSE.flatten(0, 1),
             None if self.teacher_model is None else head_of(self.teacher_model),
             self._microbatch(microbatch).labels_BS.flatten(),
-            kind=self.loss.kind,
-            temperature=self.loss.temperature,
-            alpha=self.loss.alpha,
+            divergence=divergence_of(loss),
+            temperature=loss.temperature,
+            alpha=loss.alpha,
             num_valid_tokens=max(1, self._now.num_valid_tokens.result()),
             tp=self.mesh.tp,
             grad_weight_out_VD=grad_target(head.weight) if trains else None,
@@ -320,10 +325,13 @@ class DistillationStep:
         report = report.to(self.mesh.device)
         all_reduce_(report, self.mesh.world)
         hard, soft, idle = report.tolist()
+        temperature, alpha = self._now.loss.temperature, self._now.loss.alpha
         return StepStats(
             hard=hard,
             soft=soft,
-            total=self.loss.alpha * hard + (1 - self.loss.alpha) * soft,
+            total=alpha * hard + (1 - alpha) * soft,
+            temperature=temperature,
+            alpha=alpha,
             grad_norm=self._now.norm.item(),
             learning_rate=self._now.learning_rate,
             num_valid_tokens=self._now.num_valid_tokens.result(),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from distill.checks import not_finite
 from distill.config import Config
 from distill.data import MicroBatch
+from distill.model_checks import not_finite
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
 from distill.scoring import cached_scores

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distill.head import Head, compute_dtype
 from distill.packing import IGNORE
-from distill.vocab_chunks import Shards, SoftTerm, VocabChunk
+from distill.vocab_chunks import VocabChunk
+from distill.vocab_shards import Divergence, Shards
 from parallel.collectives import all_reduce_
 from parallel.mesh import Axis
 
@@ -78,7 +79,7 @@ class TokenBatch:
         return int(size)
 
     def chunks(
-        self, *, temperature: float, term: type[SoftTerm], chunk_tokens: int | None
+        self, *, temperature: float, divergence: Divergence, chunk_tokens: int | None
     ) -> Iterator[tuple[VocabChunk, Part]]:
         """Yield the valid tokens chunk by chunk, with their logits in the chunk's buffers.
 
@@ -96,7 +97,7 @@ class TokenBatch:
             tp=self.tp,
             vocab_size=vocab_size,
             temperature=temperature,
-            term=term,
+            divergence=divergence,
             dtype=compute_dtype(self.student_hidden_TD),
             num_tokens=len(self.positions),
             chunk_tokens=chunk_tokens,

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.divergences import FORWARD_KL
 from distill.head import Head
-from distill.losses import SINGLE, ForwardKL
+from distill.losses import SINGLE
 from distill.token_batch import TokenBatch
 from parallel.mesh import Axis
 
@@ -37,6 +38,6 @@ def token_log_probs(
     scores_T = torch.zeros(len(labels_T), dtype=torch.float64, device=labels_T.device)
     batch = TokenBatch(hidden_TD, head, None, None, labels_T, tp)
     # Without a teacher the divergence is never formed.
-    for _, part in batch.chunks(temperature=1.0, term=ForwardKL, chunk_tokens=chunk_tokens):
+    for _, part in batch.chunks(temperature=1.0, divergence=FORWARD_KL, chunk_tokens=chunk_tokens):
         scores_T[part.positions_C] = -part.shards.cross_entropy(1.0)
     return scores_T

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from distill.checks import not_finite
 from distill.config import Config
 from distill.evaluate import num_parameters
 from distill.judging import gap_closed
 from distill.levels import Figures
 from distill.metrics import RunLog, StepMetrics
+from distill.model_checks import not_finite
 from distill.planning import Planner
 from distill.results import export_round, run_summary
 from distill.resume import find_checkpoint, take_over
@@ -258,6 +258,8 @@ def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes:
         loss_total=stats.total,
         loss_hard=stats.hard,
         loss_soft=stats.soft,
+        loss_temperature=stats.temperature,
+        loss_alpha=stats.alpha,
         grad_norm=stats.grad_norm,
         lr=stats.learning_rate,
         step_s=stats.step_s,

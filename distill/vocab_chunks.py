@@ -5,7 +5,9 @@ computes the logits of its own ids for one chunk, reduces every token to a handf
 own shard's maximum (sums of exponentials, the label's logit), and one gather of these numbers tells every
 rank the whole. The gradient of its own shard then follows in closed form, so nothing of a reduction is left
 to autograd. Assumes that every rank of tp sees the same hidden states and labels, and that both models'
-vocabularies are cut by `shard_range`. Does not know what the loss is (`distill.losses` does).
+vocabularies are cut by `shard_range`. Does not know what the loss is (`distill.losses` does), nor any divergence:
+one says in the pieces of `Divergence` what it sums before the normalisers are known, and whether it must look at
+the chunk a second time when they are (`distill.divergences`).
 
 Elementwise work runs over blocks of rows that stay in a core's cache, in place, on the chunk's own buffers.
 
@@ -15,83 +17,18 @@ logits are z / T; p and q are the teacher's and the student's softmax of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from distill.head import Head, HeadProducts, row_blocks
+from distill.vocab_shards import NO_MAXIMUM, Block, Divergence, Factors, Settled, Shards
 from parallel.collectives import all_gather, shard_range
 from parallel.mesh import Axis
 
 _CHUNK_BYTES = 64 << 20  # both models' logits of a chunk; more gains no speed (python -m launch.bench loss)
 _MIN_CHUNK_TOKENS = 64  # below this a matrix product spends its time on reading the head
-_NO_MAXIMUM = -1e30  # of an empty shard: finite, because inf - inf is nan; its exponential is 0
-
-
-class Shards(NamedTuple):
-    """What every shard knows of each token, [R, C] float64.
-
-    Sums are of exponentials of tempered logits less the shard's own maximum.
-    """
-
-    max_q: Tensor
-    sum_q: Tensor
-    sum_hard: Tensor
-    """Untempered: of exp(T * (z / T - max_q))."""
-    label_q: Tensor
-    """Tempered logit of the label where the shard owns it, else 0."""
-    max_p: Tensor
-    sum_p: Tensor
-    divergence: Tensor
-    """The soft term's own sum."""
-
-    def whole_q(self) -> Tensor:
-        """Return [C] sums over all shards for the student, relative to the largest maximum."""
-        return (self.sum_q * torch.exp(self.max_q - self.max_q.amax(0))).sum(0)
-
-    def whole_p(self) -> Tensor:
-        """Return [C] sums over all shards for the teacher, relative to the largest maximum."""
-        return (self.sum_p * torch.exp(self.max_p - self.max_p.amax(0))).sum(0)
-
-    def whole_hard(self, temperature: float) -> Tensor:
-        """Return [C] untempered sums over all shards for the student, relative to the largest maximum."""
-        return (self.sum_hard * torch.exp(temperature * (self.max_q - self.max_q.amax(0)))).sum(0)
-
-    def cross_entropy(self, temperature: float) -> Tensor:
-        """Return [C] untempered cross-entropy of the student with the labels, nats."""
-        return self.whole_hard(temperature).log() - temperature * (self.label_q.sum(0) - self.max_q.amax(0))
-
-
-class _Factors(NamedTuple):
-    """What turns tempered logits into probabilities: the maxima, and one over the sums, [C, 1] each."""
-
-    top_q: Tensor
-    inverse_q: Tensor
-    inverse_hard: Tensor
-    top_p: Tensor
-    inverse_p: Tensor
-
-
-class SoftTerm(Protocol):
-    """A divergence of p and q in three pieces: a shard's sum, the value from all shards, the gradient."""
-
-    @staticmethod
-    def shard_sum(exp_p: Tensor, log_ratio: Tensor) -> Tensor:
-        """Return [B] sums over a shard; may overwrite `log_ratio`.
-
-        Args:
-            exp_p: [B, V/tp] exponentials of the teacher's tempered logits less the shard's maximum.
-            log_ratio: [B, V/tp] log of `exp_p` over the same of the student.
-        """
-
-    @staticmethod
-    def value(shards: Shards) -> Tensor:
-        """Return [C] values, nats."""
-
-    @staticmethod
-    def gradient_(q: Tensor, p: Tensor) -> Tensor:
-        """Write d value / d tempered student logits, [B, V/tp], over `p` and return it; may overwrite `q`."""
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -101,19 +38,21 @@ def _ceil_div(a: int, b: int) -> int:
 class VocabChunk:
     """One chunk of tokens at a time, in buffers that all chunks share.
 
-    Invariant: after `gather` the buffers hold tempered logits; `gradient` overwrites the student's.
+    Invariant: after `gather` the buffers hold tempered logits; a second pass overwrites the teacher's, and
+    `gradient` the student's.
 
     Args:
         tp: the axis that cuts the vocabulary; size 1 runs the same path.
         vocab_size: V over all ranks.
         temperature: T > 0, for both models.
-        term: the soft term; unused without a teacher.
+        divergence: the soft term; unused without a teacher.
         dtype: float32 or float64, of everything but the products with a half-precision head.
         num_tokens: tokens that will come; chunks are balanced, because a short last one would read the heads
             for little work.
         chunk_tokens: most tokens in a chunk; None lets bytes decide.
     Raises:
-        ValueError: a head that is not this rank's `shard_range` of the vocabulary.
+        ValueError: a head that is not this rank's `shard_range` of the vocabulary, or a vocabulary that is too small
+            for the divergence.
     """
 
     def __init__(
@@ -124,19 +63,23 @@ class VocabChunk:
         tp: Axis,
         vocab_size: int,
         temperature: float,
-        term: type[SoftTerm],
+        divergence: Divergence,
         dtype: torch.dtype,
         num_tokens: int,
         chunk_tokens: int | None,
     ) -> None:
-        self.first_id, stop = shard_range(vocab_size, tp.size, tp.rank)
+        self.ids = range(*shard_range(vocab_size, tp.size, tp.rank))
         width, device = student.weight_VD.shape[0], student.weight_VD.device
-        if width != stop - self.first_id:
+        if width != len(self.ids):
             raise ValueError(
-                f"a head of {width} ids, where rank {tp.rank} of tp owns {self.first_id}..{stop - 1}"
+                f"a head of {width} ids, where rank {tp.rank} of tp owns {self.ids.start}..{self.ids.stop - 1}"
+            )
+        if vocab_size < divergence.fewest_ids:
+            raise ValueError(
+                f"{divergence} needs {divergence.fewest_ids} ids or more; there are {vocab_size}"
             )
         self.student, self.teacher, self.tp = student, teacher, tp
-        self.temperature, self.term = temperature, term
+        self.temperature, self.divergence = temperature, divergence
         if chunk_tokens is None:
             # By the longest shard: ranks whose shards differ by one id must still cut the tokens alike.
             token_bytes = _ceil_div(vocab_size, tp.size) * dtype.itemsize * (1 if teacher is None else 2)
@@ -154,36 +97,64 @@ class VocabChunk:
     def gather(self, hidden_CD: Tensor, teacher_hidden_CE: Tensor | None, labels_C: Tensor) -> Shards:
         """Compute the chunk's tempered logits, and return what all shards know of them.
 
-        Collectives: tp all-gather [7, C] float64.
+        Collectives: tp all-gather [6 + n, C] float64, n the divergence's own numbers.
         """
-        numbers = torch.zeros(1, 7, len(labels_C), dtype=torch.float64, device=labels_C.device)
-        own = Shards(*numbers[0])
+        num_own = 0 if self.teacher is None else self.divergence.num_numbers
+        numbers = torch.zeros(1, 6 + num_own, len(labels_C), dtype=torch.float64, device=labels_C.device)
+        own = Shards(*numbers[0, :6], numbers[0, 6:])
         if self.student_CV.shape[1] == 0:
-            own.max_q.fill_(_NO_MAXIMUM)
-            own.max_p.fill_(_NO_MAXIMUM)
+            own.max_q.fill_(NO_MAXIMUM)
+            own.max_p.fill_(NO_MAXIMUM)
+            if num_own:
+                empty = self.student_CV[: len(labels_C)]
+                self.divergence.shard_numbers_(own.own, empty, empty, empty, empty, self.ids.start)
         else:
             self.products.logits_(hidden_CD, self.student_CV[: len(labels_C)])
             if self._teacher_products is not None:
                 self._teacher_products.logits_(teacher_hidden_CE, self.teacher_CV[: len(labels_C)])
             for rows in row_blocks(len(labels_C), self._row_bytes):
-                part = Shards(*(number[rows] for number in own))
+                part = Shards(*(number[..., rows] for number in own))
                 self._reduce_student(rows, labels_C[rows], part)
                 if self.teacher is not None:
                     self._reduce_teacher(rows, part)
-        return Shards(*all_gather(numbers, self.tp, dim=0, sizes=[1] * self.tp.size).unbind(1))
+        gathered = all_gather(numbers, self.tp, dim=0, sizes=[1] * self.tp.size)
+        return Shards(*gathered[:, :6].unbind(1), gathered[:, 6:])
 
-    def gradient(self, shards: Shards, labels_C: Tensor, *, hard_weight: float, soft_weight: float) -> Tensor:
+    def settle(self, shards: Shards) -> Settled:
+        """Return the divergence of the chunk's tokens, and what `gradient` must know of it.
+
+        Args:
+            shards: what `gather` returned for this chunk, which has a teacher.
+        Collectives: tp all-gather [n, C] float64, n the divergence's sums, unless it has none.
+        """
+        sums, num_tokens = None, shards.max_q.shape[1]
+        if self.divergence.num_sums:
+            numbers = shards.max_q.new_empty(1, self.divergence.num_sums, num_tokens)
+            for rows, block in self._blocks(shards, num_tokens):
+                numbers[0, :, rows] = self.divergence.shard_sums_(block)
+            sums = all_gather(numbers, self.tp, dim=0, sizes=[1] * self.tp.size).sum(0)
+        return self.divergence.settle(shards, sums, self.tp.rank, self.ids)
+
+    def gradient(
+        self,
+        shards: Shards,
+        labels_C: Tensor,
+        settled: Settled | None,
+        *,
+        hard_weight: float,
+        soft_weight: float,
+    ) -> Tensor:
         """Return d (hard_weight * CE + soft_weight * divergence) / d z, [C, V/tp], in the student's buffer.
 
         Args:
             shards: what `gather` returned for this chunk.
-            hard_weight, soft_weight: of one token's terms; a term of weight 0 is not computed.
+            settled: what `settle` returned for it; None without a teacher.
+            hard_weight, soft_weight: of one token's terms; a hard term of weight 0 is not computed.
         """
-        factors = self._factors(shards)
-        for rows in row_blocks(len(labels_C), self._row_bytes):
-            if self.student_CV.shape[1]:
-                block = _Factors(*(factor[rows] for factor in factors))
-                self._write_gradient(rows, labels_C[rows], block, hard_weight, soft_weight)
+        if self.student_CV.shape[1]:
+            for rows, block in self._blocks(shards, len(labels_C)):
+                own = None if settled is None else tuple(factor[rows] for factor in settled.factors)
+                self._write_gradient(block, labels_C[rows], own, hard_weight, soft_weight)
         return self.student_CV[: len(labels_C)]
 
     def most_likely(self, logits_CV: Tensor) -> Tensor:
@@ -191,10 +162,10 @@ class VocabChunk:
 
         Collectives: tp all-gather [2, C] float64.
         """
-        best = torch.full((1, 2, len(logits_CV)), _NO_MAXIMUM, dtype=torch.float64, device=logits_CV.device)
+        best = torch.full((1, 2, len(logits_CV)), NO_MAXIMUM, dtype=torch.float64, device=logits_CV.device)
         if logits_CV.shape[1]:
             values, columns = logits_CV.max(1)
-            best[0] = torch.stack([values.double(), columns.double() + self.first_id])
+            best[0] = torch.stack([values.double(), columns.double() + self.ids.start])
         values, ids = all_gather(best, self.tp, dim=0, sizes=[1] * self.tp.size).unbind(1)
         return torch.where(values == values.amax(0), ids, torch.inf).amin(0).long()
 
@@ -210,7 +181,7 @@ class VocabChunk:
     def _own_label(self, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the labels' columns in this shard [B, 1], and whether they are in it."""
         width = self.student_CV.shape[1]
-        column = (labels_B - self.first_id)[:, None]
+        column = (labels_B - self.ids.start)[:, None]
         return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
     def _reduce_student(self, rows: slice, labels_B: Tensor, out: Shards) -> None:
@@ -240,42 +211,54 @@ class VocabChunk:
         shifted.exp_()
         out.max_p.copy_(top[:, 0])
         out.sum_p.copy_(shifted.sum(1))
-        out.divergence.copy_(self.term.shard_sum(shifted, log_ratio))
+        if len(out.own):
+            student = self.student_CV[rows]
+            self.divergence.shard_numbers_(out.own, shifted, log_ratio, student, logits, self.ids.start)
 
-    def _factors(self, shards: Shards) -> _Factors:
-        """Return what turns logits into probabilities, [C, 1] each, in the buffers' dtype."""
-        hard = shards.whole_hard(self.temperature)
+    def _blocks(self, shards: Shards, num_tokens: int) -> Iterator[tuple[slice, Block]]:
+        """Yield the chunk's blocks of rows with what turns their logits into probabilities."""
+        whole_q, whole_p = shards.whole_q(), shards.whole_p()
         columns = (
             shards.max_q.amax(0),
-            1 / shards.whole_q(),
-            1 / hard,
+            1 / whole_q,
+            1 / shards.whole_hard(self.temperature),
             shards.max_p.amax(0),
-            1 / shards.whole_p(),
+            1 / whole_p,
+            torch.log(whole_q / whole_p),
         )
-        return _Factors(*(column.to(self.student_CV.dtype)[:, None] for column in columns))
+        factors = [column.to(self.student_CV.dtype)[:, None] for column in columns]
+        for rows in row_blocks(num_tokens, self._row_bytes):
+            student = self.student_CV[rows]
+            teacher = None if self.teacher_CV is None else self.teacher_CV[rows]
+            own = Factors(*(factor[rows] for factor in factors))
+            yield rows, Block(student, teacher, own, self._scratch[:, : len(student)])
 
     def _write_gradient(
-        self, rows: slice, labels_B: Tensor, factors: _Factors, hard_weight: float, soft_weight: float
+        self,
+        block: Block,
+        labels_B: Tensor,
+        settled: tuple[Tensor, ...] | None,
+        hard_weight: float,
+        soft_weight: float,
     ) -> None:
         """Overwrite a block of tempered student logits with the gradient of z."""
-        logits = self.student_CV[rows]
-        q, p, hard = self._scratch[:, : len(logits)]
+        logits, factors = block.student, block.factors
+        q, _, total = block.scratch
         torch.sub(logits, factors.top_q, out=q)
         # The hard term sees untempered logits, T times the tempered ones: so is its gradient by the latter.
         hard_weight *= self.temperature
         if hard_weight:
-            torch.mul(q, self.temperature, out=hard).exp_().mul_(factors.inverse_hard * hard_weight)
+            torch.mul(q, self.temperature, out=total).exp_().mul_(factors.inverse_hard * hard_weight)
             column, owned = self._own_label(labels_B)
-            hard.scatter_add_(1, column, owned.to(hard.dtype) * -hard_weight)
+            total.scatter_add_(1, column, owned.to(total.dtype) * -hard_weight)
         else:
-            hard.zero_()
-        if soft_weight:
+            total.zero_()
+        if settled is not None:
             q.exp_().mul_(factors.inverse_q)
-            torch.sub(self.teacher_CV[rows], factors.top_p, out=p).exp_().mul_(factors.inverse_p)
-            hard.add_(self.term.gradient_(q, p), alpha=soft_weight)
+            total.add_(self.divergence.gradient_(q, block, settled), alpha=soft_weight)
         slope = self.student.scale / self.temperature
         if self.student.softcap is not None:
             # d tanh(x) / dx = 1 - tanh(x)**2, and the logits still hold the tanh.
             torch.mul(logits, self.temperature / self.student.softcap, out=q)
-            hard.mul_(q.square_().neg_().add_(1))
-        torch.mul(hard, slope, out=logits)
+            total.mul_(q.square_().neg_().add_(1))
+        torch.mul(total, slope, out=logits)

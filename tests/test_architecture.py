@@ -30,7 +30,7 @@ ONLY_IN = {
     "torch.distributed": ("parallel/", "launch/ranks.py", "launch/torchrun.py", "launch/benchmarks/"),
     "hydra": ("launch/config.py",),
     "omegaconf": ("launch/config.py",),
-    "wandb": ("distill/metrics.py",),
+    "wandb": ("distill/dashboard.py",),
     "deepspeed": ("parallel/optimizer.py",),
     "datasets": ("distill/", "launch/benchmarks/_trl_peer.py"),
     "pickle": (),

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from distill.config import Config
+from distill.convert import config_to_dict, show
 from distill.prune import KEPT_FOLDER, copy_companions
 from parallel.collectives import barrier
 from parallel.mesh import Mesh
@@ -62,7 +63,8 @@ def export_student(
 
 def model_card(config: Config, summary: Mapping[str, Any]) -> str:
     """Return the model card: where the student comes from, how it was trained, what it reaches."""
-    loss, prune = config.loss, config.student.prune
+    loss, prune = config_to_dict(config.loss), config.student.prune
+    alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
     rows = [
         f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} | {row['agreement']:.1%} |"
         for row in summary["table"]
@@ -86,7 +88,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         f"# Student of {config.teacher.model}",
         "",
         f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.{zeros}",
-        f"- Loss: {loss.alpha} x cross-entropy + {1 - loss.alpha:g} x T^2 {loss.kind} at T = {loss.temperature}.",
+        f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
         f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
         "",
         "| model | parameters | held-out perplexity | agreement with the teacher's top-1 |",

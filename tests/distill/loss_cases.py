@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.config import Loss
+from distill.divergences import divergence_of
 from distill.head import Head
 from distill.losses import fused_distillation_loss
 from distill.packing import IGNORE
@@ -33,7 +36,17 @@ class Case:
     softcap: float | None = None
     lopsided: bool = False
     """Teacher's mass on the lowest ids, student's on the highest: every shard has another share."""
+    tied: bool = False
+    """Few different teacher logits, so that any top-k ends among equal ones; for every other token all are equal."""
     chunk: int | None = 4
+    kind: str = "forward_kl"
+    beta: float = 0.3
+    skew: float = 0.1
+    top_k: int = 5
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(kind=self.kind, beta=self.beta, skew=self.skew, top_k=self.top_k)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | None]:
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +58,7 @@ class Case:
         labels[[0, 4, 5]] = IGNORE
         lean = torch.linspace(3, -3, self.vocab, dtype=torch.float64).to(dtype) * self.lopsided
         biased = self.bias or self.lopsided
-        return {
+        tensors = {
             "hidden": draw(self.tokens, self.student_width),
             "weight": draw(self.vocab, self.student_width),
             "bias": draw(self.vocab) - lean if biased else None,
@@ -54,18 +67,43 @@ class Case:
             "teacher_bias": draw(self.vocab) + lean if biased else None,
             "labels": labels,
         }
+        if self.tied:
+            # Exact in binary, so that products of any order are equal.
+            steps = torch.arange(self.vocab) * 5 % 4 / 2
+            tensors["teacher_weight"] = steps[:, None].expand(-1, self.teacher_width).to(dtype)
+            tensors["teacher_hidden"] = (
+                (torch.arange(self.tokens) % 2)[:, None].expand(-1, self.teacher_width).to(dtype)
+            )
+        return tensors
 
 
-CASES = [
-    *(Case(temperature=t, alpha=a) for t, a in itertools.product((1.0, 2.0, 5.0), (0.0, 0.3, 1.0))),
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl")
+TEMPERATURES = (1.0, 2.0, 5.0)
+ODD_CASES = [
     Case(bias=True),
     Case(scale=0.25),
     Case(bias=True, scale=1.5, softcap=4.0),
     Case(lopsided=True),
     Case(temperature=0.5, lopsided=True),
-    Case(vocab=3),
+    Case(vocab=3, top_k=2),
     Case(tokens=6, chunk=1),
     Case(chunk=None),
+]
+CASES = [
+    *(Case(temperature=t, alpha=a) for t, a in itertools.product(TEMPERATURES, (0.0, 0.3, 1.0))),
+    *ODD_CASES,
+]
+OTHER_CASES = [
+    *(
+        Case(kind=k, temperature=t, alpha=a)
+        for k, t, a in itertools.product(KINDS[1:], TEMPERATURES, (0.0, 0.3))
+    ),
+    *(replace(case, kind=kind) for kind in KINDS[1:] for case in ODD_CASES),
+    *(Case(kind="jsd", lopsided=True, beta=beta) for beta in (0.001, 0.5, 0.999)),
+    *(Case(kind="skew_kl", lopsided=True, skew=skew) for skew in (0.001, 0.999)),
+    # One id; more than a shard of 4 ranks or of 2 has; all but one.
+    *(Case(kind="top_k_kl", lopsided=True, top_k=top_k) for top_k in (1, 12, 20, 36)),
+    *(Case(kind="top_k_kl", tied=True, top_k=top_k) for top_k in (1, 3, 12, 20, 36)),
 ]
 
 
@@ -73,6 +111,36 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -
     z = hidden @ weight.T
     z = (z if bias is None else z + bias) * case.scale
     return z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
+
+
+def plain_divergence(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The divergence of one token as its formula, from log-probabilities of all ids."""
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum()
+
+    def mixture(weight: float) -> Tensor:
+        return torch.logaddexp(log_p + math.log(weight), log_q + math.log(1 - weight))
+
+    def categories(log_a: Tensor) -> Tensor:
+        ids = sorted(range(case.vocab), key=lambda v: (-log_p[v].item(), v))
+        return torch.cat([log_a[ids[: case.top_k]], log_a[ids[case.top_k :]].logsumexp(0)[None]])
+
+    match case.kind:
+        case "forward_kl":
+            return kl(log_p, log_q)
+        case "reverse_kl":
+            return kl(log_q, log_p)
+        case "jsd":
+            log_m = mixture(case.beta)
+            return case.beta * kl(log_p, log_m) + (1 - case.beta) * kl(log_q, log_m)
+        case "skew_kl":
+            return kl(log_p, mixture(case.skew))
+        case "tvd":
+            return (log_p.exp() - log_q.exp()).abs().sum() / 2
+        case "top_k_kl":
+            return kl(categories(log_p), categories(log_q))
+    raise ValueError(case.kind)
 
 
 def plain_loss(case: Case, tensors: dict[str, Any], num_valid_tokens: int) -> dict[str, Tensor]:
@@ -90,7 +158,7 @@ def plain_loss(case: Case, tensors: dict[str, Any], num_valid_tokens: int) -> di
         hard = hard - (s[label] - torch.logsumexp(s, 0))
         log_p = t / case.temperature - torch.logsumexp(t / case.temperature, 0)
         log_q = s / case.temperature - torch.logsumexp(s / case.temperature, 0)
-        soft = soft + case.temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+        soft = soft + case.temperature**2 * plain_divergence(case, log_p, log_q)
     total = (case.alpha * hard + (1 - case.alpha) * soft) / num_valid_tokens
     grads = torch.autograd.grad(total, list(inputs.values()))
     if case.alpha == 1:
@@ -129,6 +197,7 @@ def sharded_loss(
         tensors["teacher_hidden"],
         teacher,
         tensors["labels"],
+        divergence=divergence_of(case.loss),
         temperature=case.temperature,
         alpha=case.alpha,
         num_valid_tokens=num_valid_tokens,

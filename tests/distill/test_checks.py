@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distill.checks import check_config, check_models
+from distill.checks import check_config
 from distill.config import Config, ConfigError
 from distill.convert import config_from_dict
 
@@ -42,7 +41,17 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"loss": {"temperature": float("nan")}}, "loss.temperature=nan must be greater than 0"),
         ({"loss": {"alpha": 1.5}}, "loss.alpha=1.5 is outside 0 to 1"),
         ({"loss": {"alpha": -0.1}}, "loss.alpha=-0.1 is outside 0 to 1"),
-        ({"loss": {"kind": "forwardkl"}}, "loss.kind=forwardkl is not known; use forward_kl"),
+        ({"loss": {"kind": "forwardkl"}}, "loss.kind=forwardkl is not known; use forward_kl, reverse_kl, jsd, skew_kl, tvd or top_k_kl"),
+        ({"loss": {"beta": 0}}, "loss.beta=0.0 must be 0.001 to 0.999; use loss.kind=forward_kl or reverse_kl for the limits"),
+        ({"loss": {"beta": 1.0}}, "loss.beta=1.0 must be 0.001 to 0.999"),
+        ({"loss": {"skew": float("nan")}}, "loss.skew=nan must be 0.001 to 0.999"),
+        ({"loss": {"top_k": 0}}, "loss.top_k=0 must be greater than 0"),
+        ({"loss": {"temperature": {"kind": "linear", "start": 4, "end": 0}}}, "loss.temperature={kind: linear,start: 4.0,end: 0.0} must be greater than 0"),
+        ({"loss": {"alpha": {"kind": "cosine", "start": 1.5, "end": 0}}}, "loss.alpha={kind: cosine,start: 1.5,end: 0.0} is outside 0 to 1"),
+        ({"loss": {"alpha": {"kind": "steps", "values": {0: 1, 9: -1}}}}, "loss.alpha={kind: steps,values: {0: 1.0,9: -1.0}} is outside 0 to 1"),
+        ({"loss": {"alpha": {"kind": "steps", "values": {3: 1}}}}, "loss.alpha={kind: steps,values: {3: 1.0}} must name step 0 as the first"),
+        ({"loss": {"alpha": {"kind": "steps", "values": {-1: 1, 0: 1}}}}, "loss.alpha={kind: steps,values: {-1: 1.0,0: 1.0}} must name step 0"),
+        ({"loss": {"alpha": {"kind": "steps", "values": {}}}}, "loss.alpha={kind: steps,values: {}} must name step 0"),
         ({"rounds": [{"loss": {"alpha": 2}}]}, "loss.alpha=2.0 is outside 0 to 1"),
         ({"rounds": []}, "rounds=[] must have an entry for each round; use [{}]"),
         ({"pipeline": {"teacher": "early"}}, "pipeline.teacher=early is not known; use fill, inline or batch"),
@@ -101,75 +110,3 @@ def test_wandb_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert message({}) == "log.wandb=offline needs wandb, which is not installed; use disabled"
     checked({"log": {"wandb": "disabled"}})
-
-
-def hf_config(**changes: Any) -> SimpleNamespace:
-    values = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 100}
-    config = SimpleNamespace(**{**values, "max_position_embeddings": 1024, **changes})
-    config.get_text_config = lambda: config
-    return config
-
-
-@pytest.mark.parametrize(
-    ("mesh", "teacher", "student", "words"),
-    [
-        ({"tp": 3}, {}, {}, "mesh.tp=3 does not divide num_attention_heads=32 of the teacher; use 1, 2, 4 or 8"),
-        (
-            {"tp": 3},
-            {"num_attention_heads": 24},
-            {},
-            "mesh.tp=3 does not divide num_key_value_heads=8 of the teacher; use 1, 2, 4 or 8",
-        ),
-        ({"tp": 4}, {}, {"num_key_value_heads": 6}, "mesh.tp=4 does not divide num_key_value_heads=6 of the student; use 1 or 2"),
-        (
-            {"tp": 2},
-            {"num_attention_heads": 9, "num_key_value_heads": 3},
-            {"num_attention_heads": 9, "num_key_value_heads": 3},
-            "mesh.tp=2 does not divide num_attention_heads=9 of the teacher; use 1 or 3",
-        ),
-        ({"pp": 4}, {}, {"num_hidden_layers": 3}, "mesh.pp=4 is more than num_hidden_layers=3 of the student; use at most 3"),
-        ({}, {}, {"vocab_size": 99}, "student.model=null has vocab_size=99 but the teacher has vocab_size=100; use a student"),
-        (
-            {},
-            {"max_position_embeddings": 256},
-            {},
-            "data.seq_len=512 is longer than max_position_embeddings=256 of the teacher; use at most 256",
-        ),
-    ],
-)  # fmt: skip
-def test_models_that_do_not_fit(mesh: dict[str, int], teacher: Any, student: Any, words: str) -> None:
-    config = config_from_dict({**BASE, "mesh": mesh})
-    with pytest.raises(ConfigError) as caught:
-        check_models(config, hf_config(**teacher), hf_config(**student))
-    assert str(caught.value).startswith(words)
-
-
-@pytest.mark.parametrize(
-    ("tp", "sizes", "words"),
-    [
-        (1, {"hidden_size": 30}, "mesh.tp=1 does not leave hidden_size=30 of the student in such; use student.sparsity.pattern=unstr"),
-        (4, {"intermediate_size": 24}, "mesh.tp=4 does not leave intermediate_size=24 of the student in such; use mesh.tp=1, 2 or 3"),
-        (2, {"head_dim": 3, "num_attention_heads": 4}, "leave query heads x head width=12 of the student in such; use mesh.tp=1"),
-        (2, {"intermediate_size": 24}, None),
-    ],
-)  # fmt: skip
-def test_groups_that_tp_cuts(tp: int, sizes: dict[str, int], words: str | None) -> None:
-    student = hf_config(
-        **{"hidden_size": 64, "intermediate_size": 96, "head_dim": 8, "num_key_value_heads": 4, **sizes}
-    )
-    config = config_from_dict(
-        {**BASE, "mesh": {"tp": tp}, "student": {"sparsity": {"method": "wanda", "pattern": "2:4"}}}
-    )
-    if words is None:
-        check_models(config, hf_config(), student)
-    else:
-        with pytest.raises(ConfigError, match=words):
-            check_models(config, hf_config(), student)
-
-
-def test_models_that_fit() -> None:
-    config = config_from_dict({**BASE, "mesh": {"pp": 4, "tp": 8}})
-    check_models(config, hf_config(), hf_config(num_attention_heads=16))
-    no_positions = hf_config()
-    del no_positions.max_position_embeddings, no_positions.num_key_value_heads
-    check_models(config, no_positions, hf_config())

@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from distill.config import Config, ConfigError, MeshShape, Train
+from distill.annealing import Ramp, Stages
+from distill.config import Config, ConfigError, Loss, MeshShape, Train
 
 
 def test_settings_are_frozen() -> None:
@@ -20,6 +21,26 @@ def test_microbatches_do_not_depend_on_tp_and_pp() -> None:
 def test_microbatches_need_a_filled_mesh() -> None:
     with pytest.raises(AssertionError, match="mesh.dp=-1"):
         _ = replace(Config(), mesh=MeshShape(dp=-1)).num_microbatches
+
+
+def test_a_teacher_is_needed_if_the_soft_loss_counts_at_any_step() -> None:
+    for alpha, needed in (
+        (1.0, False),
+        (0.9, True),
+        (Ramp("linear", 1.0, 0.5), True),
+        (Ramp("cosine", 0.5, 1.0), True),
+        (Ramp("linear", 1.0, 1.0), False),
+        (Stages("steps", {0: 1.0, 50: 0.9, 60: 1.0}), True),
+    ):
+        assert Config(loss=Loss(alpha=alpha)).needs_teacher is needed
+
+
+def test_the_loss_of_a_step_has_numbers() -> None:
+    loss = Loss(
+        kind="jsd", temperature=Ramp("linear", 5.0, 1.0), alpha=Stages("steps", {0: 1.0, 3: 0.5}), beta=0.2
+    )
+    assert loss.at(2, 5) == Loss(kind="jsd", temperature=3.0, alpha=1.0, beta=0.2)
+    assert loss.at(4, 5) == Loss(kind="jsd", temperature=1.0, alpha=0.5, beta=0.2)
 
 
 def test_a_mistake_is_a_value_error() -> None:

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
+from distill.annealing import EXAMPLE, Ramp, Stages
 from distill.config import Config, ConfigError, Loss, Optimizer
 from distill.convert import config_from_dict, config_to_dict, flatten, known_keys, round_config, show
 
@@ -46,6 +48,21 @@ def test_what_is_left_out_takes_its_default() -> None:
             {"student": {"prune": {"layers": [0, "x"]}}},
             "student.prune.layers=[0,x] must be a list of entries that are",
         ),
+        *(
+            (
+                {"loss": {"temperature": value}},
+                f"loss.temperature={show(value)} must be a number or a schedule like {EXAMPLE}",
+            )
+            for value in (
+                "hot",
+                True,
+                {"kind": "linear", "start": 4},
+                {"kind": "linear", "start": "hot", "end": 1},
+                {"kind": "spline", "start": 4, "end": 1},
+                {"kind": "steps", "values": {"late": 1}},
+                {"kind": "steps", "values": [4, 1]},
+            )
+        ),
         ({"rounds": [3]}, "rounds=[3] must be a list of entries that are each a group of keys"),
     ],
 )
@@ -76,13 +93,28 @@ def test_a_round_lays_its_overrides_over_the_run() -> None:
         ({"mesh": {"pp": 2}}, "rounds[0].mesh.pp cannot differ between rounds; use student.prune, loss,"),
         ({"optimizer": {"eps": 1.0}}, "rounds[0].optimizer.eps cannot differ between rounds"),
         ({"loss": {"alfa": 1.0}}, "there is no key rounds[0].loss.alfa; did you mean rounds[0].loss.alpha?"),
-        ({"loss": {"alpha": "x"}}, "rounds[0].loss.alpha=x must be a number"),
+        ({"loss": {"alpha": "x"}}, "rounds[0].loss.alpha=x must be a number or a schedule like"),
     ],
 )
 def test_mistakes_in_a_round(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         round_config(replace(Config(), rounds=(entry,)), 0)
     assert str(caught.value).startswith(message)
+
+
+def test_schedules_are_values_there_and_back() -> None:
+    ramp = {"kind": "cosine", "start": 4, "end": 1.5}
+    values = {"loss": {"temperature": ramp, "alpha": {"kind": "steps", "values": {0: 1, 100: 0.5}}}}
+    config = config_from_dict(values)
+    assert config.loss == Loss(
+        temperature=Ramp("cosine", 4.0, 1.5), alpha=Stages("steps", {0: 1.0, 100: 0.5})
+    )
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config)))) == config
+    assert flatten(config_to_dict(config))["loss.temperature"] == {**ramp, "start": 4.0}
+    over = {"loss": {"temperature": {"kind": "steps", "values": {0: 3}}, "alpha": 0.25}}
+    replaced = round_config(replace(config, rounds=(over,)), 0).loss
+    assert (replaced.temperature, replaced.alpha) == (Stages("steps", {0: 3.0}), 0.25)
 
 
 def test_flatten_keeps_lists_whole() -> None:

@@ -307,7 +307,6 @@ def test_mistakes_are_named() -> None:
     mistakes = [
         ({"temperature": 0.0}, "temperature"),
         ({"alpha": 1.5}, "alpha"),
-        ({"kind": "backward_kl"}, "forward_kl"),
         ({"teacher_head": Head(tensors["teacher_weight"][:36])}, "36 ids"),
         ({"teacher_head": None}, "teacher"),
         ({"labels_T": tensors["labels"][1:]}, "12 labels"),

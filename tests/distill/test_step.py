@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from distill.annealing import Ramp, Stages
 from distill.config import Loss
 from distill.data import IGNORE
 from distill.step import head_of, messages, whole_backwards
@@ -99,6 +100,40 @@ def test_the_hard_loss_alone_needs_no_teacher(folders: dict[str, str]) -> None:
     _compare(run_distributed(2, _statistics, LAYOUTS, folders, HARD, False), single)
     (with_teacher,) = _statistics([SINGLE], folders, HARD, True)
     _compare([[with_teacher]], single)
+
+
+def test_temperature_and_alpha_are_those_of_the_step(folders: dict[str, str]) -> None:
+    """The second step is one of alpha 1: hard alone, though the teacher has run."""
+    loss = replace(
+        LOSS,
+        kind="jsd",
+        temperature=Ramp("linear", 4.0, 2.0),
+        alpha=Stages("steps", {0: 0.25, 1: 1.0, 2: 0.5}),
+    )
+    step = make_step(SINGLE, folders, Mesh.single(), loss=loss, num_steps=3)
+    taught = train(step, range(3))
+    assert [(each.temperature, each.alpha) for each in taught] == [(4.0, 0.25), (3.0, 1.0), (2.0, 0.5)]
+    assert taught[1].soft == 0 and taught[1].total == taught[1].hard
+    for each in taught:
+        assert each.total == each.alpha * each.hard + (1 - each.alpha) * each.soft
+    # The same trajectory from steps whose loss stands still.
+    by_hand = make_step(SINGLE, folders, Mesh.single(), num_steps=3)
+    for index, constant in enumerate(taught):
+        by_hand.loss = lambda _, at=constant: replace(
+            LOSS, kind="jsd", temperature=at.temperature, alpha=at.alpha
+        )
+        again = by_hand(index)
+        assert (again.hard, again.soft, again.grad_norm) == (constant.hard, constant.soft, constant.grad_norm)
+    half, double = (
+        train(
+            make_step(
+                SINGLE, folders, Mesh.single(), loss=replace(LOSS, kind=kind, temperature=t), num_steps=1
+            ),
+            range(1),
+        )[0]
+        for kind, t in (("jsd", 4.0), ("forward_kl", 4.0))
+    )
+    assert half.soft == taught[0].soft != double.soft
 
 
 def test_a_soft_loss_without_a_teacher_fails_at_the_action(folders: dict[str, str]) -> None:

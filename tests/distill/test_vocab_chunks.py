@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill.divergences import FORWARD_KL
 from distill.head import Head
-from distill.losses import ForwardKL
 from distill.vocab_chunks import VocabChunk
 from parallel.collectives import shard_range
 from parallel.mesh import Axis
@@ -49,7 +49,7 @@ def chunk_of(vocab_size: int, tp: Axis, width: int, num_tokens: int = 1000) -> V
         tp=tp,
         vocab_size=vocab_size,
         temperature=1.0,
-        term=ForwardKL,
+        divergence=FORWARD_KL,
         dtype=torch.float32,
         num_tokens=num_tokens,
         chunk_tokens=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def make_step(
         teacher=teacher if with_teacher else None,
         optimizer=StageOptimizer.of_stages(students, mesh, ADAMW, RATE),
         course=Course(plan_of(case, teacher=case.teacher if with_teacher else None), num_steps=num_steps),
-        loss=loss,
+        loss=partial(loss.at, num_steps=num_steps),
         links=Links(mesh, traffic, num_stages=case.pp * case.virtual_stages),
         batches=lambda step: share_of(batch_at(step), case, mesh),
     )

@@ -38,7 +38,7 @@ def fake_run(how: str, config: Config, mesh: Any, stop: Stop) -> dict[str, Any]:
         for step in range(1, config.train.steps + 1):
             time.sleep(0.05)
             numbers = StepMetrics(
-                step, 0, 100 * step, 3.0, 4.0, 2.0, 1.0, 1e-4, 0.05, 2000.0, 0.1, 0.1, 0.05, 1000
+                step, 0, 100 * step, 3.0, 4.0, 2.0, 2.0, 0.3, 1.0, 1e-4, 0.05, 2000.0, 0.1, 0.1, 0.05, 1000
             )
             log.step(numbers, total_steps=config.train.steps)
             wants = torch.tensor([float(stop.requested)])

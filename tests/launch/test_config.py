@@ -73,6 +73,13 @@ def test_overrides_groups_and_experiments_are_hydras() -> None:
     assert config.data.path == ("a.txt", "b.txt") and config.optimizer.clip is None
     assert compose("teacher=embedded").teacher.model == "embedded"
     assert compose("loss={temperature: 3, alpha: 0}").loss.temperature == 3.0
+    loss = compose(
+        "loss.temperature={kind: linear, start: 4, end: 1}",
+        "loss.alpha={kind: steps, values: {0: 1, 100: 0.5}}",
+    ).loss
+    assert (loss.at(0, 200).temperature, loss.at(199, 200).temperature) == (4.0, 1.0)
+    assert (loss.at(99, 200).alpha, loss.at(100, 200).alpha) == (1.0, 0.5)
+    assert compose("loss.temperature=4.0").loss.temperature == 4.0
     assert compose("rounds=[{loss: {alpha: 0.5}}]").rounds == ({"loss": {"alpha": 0.5}},)
     assert compose("run.dir=/somewhere").run.dir == "/somewhere"
     assert compose().run.dir == "runs/default"
