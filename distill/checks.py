@@ -194,6 +194,7 @@ def _check_schedules(loss: Loss) -> None:
 
 def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
+    _check_weights(flat["data.weights"], flat["data.path"])
     _check_virtual_stages(flat)
     _check_sparsity(flat)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
@@ -235,6 +236,17 @@ def _check_sparsity(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"student.sparsity.steps={steps} is more than train.steps={flat['train.steps']}; use fewer"
         )
+
+
+def _check_weights(weights: Any, paths: Any) -> None:
+    if weights is None:
+        return
+    if isinstance(paths, str) or paths is None or len(paths) != len(weights):
+        raise ConfigError(
+            f"data.weights={show(weights)} must have a number for each entry of the list data.path={show(paths)}"
+        )
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ConfigError(f"data.weights={show(weights)} must each be 0 or more, and one of them more")
 
 
 def _check_virtual_stages(flat: dict[str, Any]) -> None:

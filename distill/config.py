@@ -132,6 +132,8 @@ class Pipeline:
 class Data:
     path: str | tuple[str, ...] | None = None
     """File, folder, list of files, hub data set id, or `pydoc` (the reference text inside every Python)."""
+    weights: tuple[float, ...] | None = None
+    """Shares of the training rows that come from each entry of the list `path`, in any unit; null takes all text as it is."""
     text_field: str = "text"
     """Column that holds the text in JSONL, parquet and hub data sets."""
     seq_len: int = 512

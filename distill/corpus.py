@@ -27,7 +27,7 @@ _WANTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, 
 
 
 def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) -> Dataset:
-    """Return a corpus as a data set with one column `text`, in a fixed order, without blank documents.
+    """Return a corpus as a data set of `text` and `source` (index into `data.path`), in a fixed order, without blank documents.
 
     Args:
         data: `path` (see the module), several of them, or `owner/name:subset` for a hub data set with subsets;
@@ -43,7 +43,11 @@ def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) 
     if not paths:
         raise ConfigError(f"data.path={data.path} names no corpus; give {_WANTS}")
     with _progress_bars(show_progress):
-        sets = [dataset for path in paths for dataset in _load(path, data.text_field, cache_dir / "datasets")]
+        sets = [
+            dataset.add_column("source", [source] * len(dataset))
+            for source, path in enumerate(paths)
+            for dataset in _load(path, data.text_field, cache_dir / "datasets")
+        ]
     if not sets:
         raise ConfigError(
             f"data.path={data.path} holds no text in {', '.join(_SUFFIXES)} files; give {_WANTS}"
@@ -70,7 +74,8 @@ def select_part(documents: Dataset, *, part: Part, held_out_fraction: float, see
     """
     if held_out_fraction > 0 and len(documents) == 1:
         train, held_out = _cut_in_two(documents["text"][0], held_out_fraction)
-        return type(documents).from_dict({"text": [train if part == "train" else held_out]})
+        text = train if part == "train" else held_out
+        return type(documents).from_dict({**documents.to_dict(), "text": [text]})
     digests: list[bytes] = []
     sizes: dict[bytes, int] = {}
     for text in documents["text"]:

@@ -1,8 +1,7 @@
 """Serve packed rows of text as micro-batches, as a pure function of the step.
 
-Decides: which rows make up the global batch of a step, and who gets which of them. The rows form an endless stream, epoch
-after epoch, each in a seeded order of its own; step s takes stream positions s*G to s*G + G - 1. So resuming needs the step
-number only, looking ahead is free, and the tokens of a step do not depend on the mesh: the batch is cut into contiguous
+Decides: which rows make up the global batch of a step, and who gets which of them. Step s takes positions s*G to s*G + G - 1
+of an endless stream of rows (`distill.stream`). So resuming needs the step number only, looking ahead is free, and the tokens of a step do not depend on the mesh: the batch is cut into contiguous
 shares over dp, each share into micro-batches, and all pp and tp ranks of a replica read the same rows. Reading and
 splitting a corpus is `distill.corpus`, cutting and packing `distill.packing`.
 
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +22,9 @@ from torch import Tensor
 from distill.config import ConfigError, Data
 from distill.corpus import Part, read_documents, select_part
 from distill.packing import IGNORE, Cutter, Row, Rows, build_rows
+from distill.stream import Beginning, Stream
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -78,6 +76,7 @@ def load_rows(
     part: Part,
     seed: int,
     cache_dir: Path,
+    source: int | None = None,
     show_progress: bool = False,
 ) -> Rows:
     """Return one part of a corpus as packed rows, tokenised on first use only.
@@ -88,6 +87,7 @@ def load_rows(
         part: "train" or "held_out"; the two share no document.
         seed: of the choice which documents are held out.
         cache_dir: where rows and Arrow files are kept; every rank may call, a run best lets one rank be first.
+        source: index of the one entry of `data.path` whose documents to take; what is held out does not depend on it.
         show_progress: show bars while reading and tokenising.
     Raises:
         ConfigError: whatever is wrong with `data.*`, or the part holds no document.
@@ -95,6 +95,8 @@ def load_rows(
     cutter = Cutter.create(tokenizer, seq_len=data.seq_len, split_sentences=data.split_sentences)
     whole = read_documents(data, cache_dir=cache_dir, show_progress=show_progress)
     documents = select_part(whole, part=part, held_out_fraction=data.held_out_fraction, seed=seed)
+    if source is not None:
+        documents = documents.select([i for i, each in enumerate(documents["source"]) if each == source])
     if not len(documents):
         raise ConfigError(
             f"data.held_out_fraction={data.held_out_fraction} leaves no document of data.path={data.path} for the "
@@ -111,11 +113,10 @@ class Batches:
 
     def __init__(
         self,
-        rows: Rows,
+        stream: Stream,
         *,
         global_batch_size: int,
         microbatch_size: int,
-        seed: int,
         first_row: int = 0,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -123,34 +124,30 @@ class Batches:
         """Share the rows of each step out.
 
         Args:
-            rows: the training rows, R of them.
+            stream: of the training rows, R of them.
             global_batch_size: G, rows in one step over the whole mesh.
             microbatch_size: B, rows in one micro-batch.
-            seed: of the order of the rows; another order every epoch.
             first_row: place in the endless stream of rows where step 0 begins.
             dp_rank: which share of each global batch.
             dp_size: number of shares.
         Raises:
             ConfigError: R < G, or G is no multiple of dp * B.
         """
-        if len(rows) < global_batch_size:
+        if (num_rows := stream.num_rows) < global_batch_size:
             raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is more than the {len(rows)} rows of {rows.seq_len} tokens "
-                f"that data.path gives; use at most {len(rows)}, a smaller data.seq_len, or more text"
+                f"train.global_batch_size={global_batch_size} is more than the {num_rows} rows of {stream.seq_len} tokens "
+                f"that data.path gives; use at most {num_rows}, a smaller data.seq_len, or more text"
             )
         if global_batch_size % (dp_size * microbatch_size):
             raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is not a multiple of mesh.dp={dp_size} times "
                 f"train.microbatch_size={microbatch_size}; use a multiple of {dp_size * microbatch_size}"
             )
-        self.rows = rows
+        self.stream = stream
         self.global_batch_size = global_batch_size
         self.microbatch_size = microbatch_size
-        self.seed = seed
         self.num_microbatches = global_batch_size // (dp_size * microbatch_size)
         self._share_start = first_row + dp_rank * (global_batch_size // dp_size)
-        # A step may straddle two epochs, and the teacher may already be in the next one.
-        self._order = lru_cache(maxsize=3)(self._permutation)
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step (counted from 0), in order; depends on nothing but the arguments.
@@ -161,19 +158,9 @@ class Batches:
         start = step * self.global_batch_size + self._share_start
         size = self.microbatch_size
         return [
-            _stack([self.rows[self._row(start + m * size + i)] for i in range(size)])
+            _stack([self.stream.row(start + m * size + i) for i in range(size)])
             for m in range(self.num_microbatches)
         ]
-
-    def _row(self, position: int) -> int:
-        """Return the row at a position of the endless stream."""
-        epoch, offset = divmod(position, len(self.rows))
-        return int(self._order(epoch)[offset])
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        # Philox is keyed: epochs are independent streams, and no generator state has to be saved.
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.rows))
 
 
 class Window:
@@ -200,7 +187,7 @@ class Window:
 
 
 def sequential_microbatches(
-    rows: Rows, *, microbatch_size: int, num_rows: int, dp_rank: int = 0, dp_size: int = 1
+    rows: Rows | Beginning, *, microbatch_size: int, num_rows: int, dp_rank: int = 0, dp_size: int = 1
 ) -> list[MicroBatch]:
     """Return this rank's share of the first rows, in their own order, for evaluation and calibration.
 
@@ -221,7 +208,7 @@ def sequential_microbatches(
     return [_stack([rows[i] if i < used else blank for i in range(s, s + microbatch_size)]) for s in starts]
 
 
-def _blank_row(rows: Rows) -> Row:
+def _blank_row(rows: Rows | Beginning) -> Row:
     positions = np.arange(rows.seq_len)
     return Row(np.full_like(positions, rows.pad_token_id), positions, np.full_like(positions, IGNORE))
 

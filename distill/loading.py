@@ -21,6 +21,7 @@ from distill.model_checks import check_models
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.rounds import Lineage, lineage_of
 from distill.shape import planned_config, resolve_shape
+from distill.stream import Beginning, Stream
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
@@ -250,19 +251,21 @@ def load_student(
 class Corpus:
     """The rows to train on, calibrate with and judge by."""
 
-    train: Rows
+    train: Stream
     held_out: Rows
+    calibrating: Rows | Beginning
+    """What scores are measured on: rows in the order of the text, or of the mixture."""
 
     def calibration(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
         """Return this replica's calibration micro-batches."""
-        return self._sequence(self.train, config.student.prune.calibration_rows, config, mesh)
+        return self._sequence(self.calibrating, config.student.prune.calibration_rows, config, mesh)
 
     def judging(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
         """Return this replica's held-out micro-batches."""
         return self._sequence(self.held_out, config.evaluate.rows, config, mesh)
 
     @staticmethod
-    def _sequence(rows: Rows, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
+    def _sequence(rows: Rows | Beginning, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
         batches = sequential_microbatches(
             rows,
             microbatch_size=config.train.microbatch_size,
@@ -281,18 +284,27 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
     Collectives: broadcasts over the world.
     """
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.teacher.trust_remote_code)
+    data = config.data
 
-    def rows(part: str, *, show_progress: bool) -> Rows:
-        cache = Path(config.data.cache_dir) / "corpora"
+    def rows(part: str, source: int | None, *, show_progress: bool) -> Rows:
         return load_rows(
-            config.data,
+            data,
             tokenizer,
             part=part,
             seed=config.train.seed,
-            cache_dir=cache,
+            cache_dir=Path(data.cache_dir) / "corpora",
+            source=source,
             show_progress=show_progress,
         )
 
-    parts = ("train", "held_out")
-    first_rank_does(mesh, lambda: [len(rows(part, show_progress=True)) for part in parts])
-    return Corpus(*(rows(part, show_progress=False) for part in parts))
+    wanted: list[tuple[str, int | None]] = [("held_out", None)]
+    if data.weights is None:
+        wanted.append(("train", None))
+    else:
+        wanted += [("train", source) for source, weight in enumerate(data.weights) if weight]
+    first_rank_does(mesh, lambda: [len(rows(*each, show_progress=True)) for each in wanted])
+    held_out, *sources = (rows(*each, show_progress=False) for each in wanted)
+    if data.weights is None:
+        return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
+    stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
+    return Corpus(stream, held_out, Beginning(stream, stream.num_rows))

@@ -88,7 +88,6 @@ def open_session(
         corpus.train,
         global_batch_size=config.train.global_batch_size,
         microbatch_size=config.train.microbatch_size,
-        seed=config.train.seed,
         first_row=first_row,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,

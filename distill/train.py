@@ -322,7 +322,7 @@ def _say_start(running: _Run, session: Session) -> None:
     config, progress = running.settings, running.progress
     running.log.say(
         f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
-        f"{session.student_config.num_hidden_layers} layers; {len(session.corpus.train):,} rows of {config.data.seq_len} "
+        f"{session.student_config.num_hidden_layers} layers; {session.corpus.train.num_rows:,} rows of {config.data.seq_len} "
         f"tokens to train on, {session.num_held_out:,} held out"
     )
     if progress.round_step:

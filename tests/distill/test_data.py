@@ -17,6 +17,7 @@ from distill.data import (
     sequential_microbatches,
 )
 from distill.packing import Cutter, build_rows
+from distill.stream import Stream
 from tests.distill.tiny_tokenizer import EOS, tiny_tokenizer
 from tests.workers import run_distributed
 
@@ -38,7 +39,7 @@ def _seen(microbatches: list[MicroBatch], rows: Rows) -> list[int]:
 
 
 def test_micro_batches_are_the_rows(rows: Rows) -> None:
-    batches = Batches(rows, global_batch_size=6, microbatch_size=2, seed=0)
+    batches = Batches(Stream([rows], None, seed=0), global_batch_size=6, microbatch_size=2)
     microbatches = batches.step(0)
     assert len(microbatches) == batches.num_microbatches == 3
     for microbatch, indices in zip(
@@ -52,7 +53,9 @@ def test_micro_batches_are_the_rows(rows: Rows) -> None:
 
 
 def test_micro_batches_move_between_devices(rows: Rows) -> None:
-    moved = Batches(rows, global_batch_size=2, microbatch_size=2, seed=0).step(0)[0].to("meta")
+    moved = (
+        Batches(Stream([rows], None, seed=0), global_batch_size=2, microbatch_size=2).step(0)[0].to("meta")
+    )
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
 
 
@@ -62,10 +65,14 @@ def test_micro_batches_move_between_devices(rows: Rows) -> None:
 def test_the_tokens_of_a_step_do_not_depend_on_the_mesh(
     rows: Rows, dp_size: int, microbatch_size: int
 ) -> None:
-    whole = Batches(rows, global_batch_size=12, microbatch_size=12, seed=5)
+    whole = Batches(Stream([rows], None, seed=5), global_batch_size=12, microbatch_size=12)
     ranks = [
         Batches(
-            rows, global_batch_size=12, microbatch_size=microbatch_size, seed=5, dp_rank=rank, dp_size=dp_size
+            Stream([rows], None, seed=5),
+            global_batch_size=12,
+            microbatch_size=microbatch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
         )
         for rank in range(dp_size)
     ]
@@ -76,21 +83,21 @@ def test_the_tokens_of_a_step_do_not_depend_on_the_mesh(
 
 
 def test_every_epoch_serves_every_row_once_in_another_order(rows: Rows) -> None:
-    batches = Batches(rows, global_batch_size=4, microbatch_size=4, seed=1)
+    batches = Batches(Stream([rows], None, seed=1), global_batch_size=4, microbatch_size=4)
     stream = [row for step in range(19) for row in _seen(batches.step(step), rows)]
     epochs = [stream[start : start + 19] for start in range(0, 76, 19)]
     assert all(sorted(epoch) == list(range(19)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    other = Batches(rows, global_batch_size=4, microbatch_size=4, seed=2)
+    other = Batches(Stream([rows], None, seed=2), global_batch_size=4, microbatch_size=4)
     assert _seen(other.step(0), rows) != stream[:4]
 
 
 def test_a_step_is_a_pure_function_of_its_number(rows: Rows) -> None:
     steps = [11, 3, 4, 3, 100_000, 0, 4]
-    batches = Batches(rows, global_batch_size=4, microbatch_size=2, seed=1)
+    batches = Batches(Stream([rows], None, seed=1), global_batch_size=4, microbatch_size=2)
     in_turn = [_seen(batches.step(step), rows) for step in steps]
     fresh = [
-        _seen(Batches(rows, global_batch_size=4, microbatch_size=2, seed=1).step(step), rows)
+        _seen(Batches(Stream([rows], None, seed=1), global_batch_size=4, microbatch_size=2).step(step), rows)
         for step in steps
     ]
     assert in_turn == fresh
@@ -100,9 +107,9 @@ def test_sizes_that_do_not_fit_are_refused(rows: Rows) -> None:
     with pytest.raises(
         ConfigError, match=r"train\.global_batch_size=20 is more than the 19 rows of 32 tokens"
     ):
-        Batches(rows, global_batch_size=20, microbatch_size=1, seed=0)
+        Batches(Stream([rows], None, seed=0), global_batch_size=20, microbatch_size=1)
     with pytest.raises(ConfigError, match=r"global_batch_size=12 is not a multiple of mesh\.dp=4 times .*=2"):
-        Batches(rows, global_batch_size=12, microbatch_size=2, seed=0, dp_size=4)
+        Batches(Stream([rows], None, seed=0), global_batch_size=12, microbatch_size=2, dp_size=4)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -174,3 +181,23 @@ def test_processes_may_race_for_the_same_rows(tmp_path: Path) -> None:
     results = run_distributed(2, _load_on_each_rank, tmp_path)
     assert results[0] == results[1]
     assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
+
+
+def test_sources_share_what_is_held_out(tmp_path: Path) -> None:
+    """A mixture never trains on a document that all the text together holds out."""
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        texts = [f"{path.stem} {index:02d} is here" for index in range(30)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = Data(path=tuple(map(str, paths)), seq_len=32, held_out_fraction=0.3)
+    load = {"tokenizer": tiny_tokenizer(), "seed": 3, "cache_dir": tmp_path / "cache"}
+
+    def texts_of(rows: Rows) -> set[tuple[int, ...]]:
+        return {tuple(rows[index].input_ids_S.tolist()) for index in range(len(rows))}
+
+    held_out, whole, *sources = (
+        texts_of(load_rows(data, part=part, source=source, **load))
+        for part, source in (("held_out", None), ("train", None), ("train", 0), ("train", 1))
+    )
+    assert held_out and not held_out & whole
+    assert sources[0] | sources[1] == whole and not sources[0] & sources[1]

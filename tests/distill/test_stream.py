@@ -1,0 +1,72 @@
+"""Rows by position: every source in epochs of its own, mixed in exact shares, and nothing to remember."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from distill.stream import BLOCK, Beginning, Stream, quotas
+
+
+class Numbered(list):
+    """Rows as a stream takes them: each says which source it is of and which of its rows."""
+
+    seq_len, pad_token_id = 8, 0
+
+
+def source(name: str, count: int) -> Any:
+    return Numbered((name, index) for index in range(count))
+
+
+def rows(stream: Stream, positions: range) -> list[Any]:
+    return [stream.row(position) for position in positions]
+
+
+def test_one_source_runs_through_epochs() -> None:
+    seen = rows(Stream([source("a", 7)], None, seed=3), range(21))
+    epochs = [seen[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [0.25, 0.5, 0.25], [1, 1, 1]])
+def test_shares_are_exact_in_every_block_and_each_source_keeps_its_epochs(weights: list[float]) -> None:
+    sources = [source(name, count) for name, count in zip("abc", (97, 10, 1500), strict=False)][
+        : len(weights)
+    ]
+    stream = Stream(sources, weights, seed=5)
+    seen = rows(stream, range(3 * BLOCK))
+    wanted = {"abc"[index]: count for index, count in enumerate(quotas(weights, BLOCK))}
+    blocks = [seen[start : start + BLOCK] for start in range(0, 3 * BLOCK, BLOCK)]
+    for block in blocks:
+        assert Counter(name for name, _ in block) == wanted
+    assert [name for name, _ in blocks[0]] != [name for name, _ in blocks[1]]
+    for name, rows_of in zip("abc", sources, strict=False):
+        own = [index for each, index in seen if each == name]
+        for start in range(0, len(own) - len(rows_of) + 1, len(rows_of)):
+            assert sorted(own[start : start + len(rows_of)]) == list(range(len(rows_of)))
+
+
+def test_a_position_is_all_there_is_to_know() -> None:
+    sources = [source("a", 5), source("b", 9)]
+    positions = [2500, 3, 999_999, 0, 1000, 3]
+    stream = Stream(sources, [2, 1], seed=1)
+    assert [stream.row(each) for each in positions] == [
+        Stream(sources, [2, 1], seed=1).row(each) for each in positions
+    ]
+    assert rows(Stream(sources, [2, 1], seed=2), range(50)) != rows(stream, range(50))
+
+
+def test_what_others_ask_of_a_stream() -> None:
+    stream = Stream([source("a", 5), source("b", 9)], [1, 1], seed=1)
+    beginning = Beginning(stream, 4)
+    assert (stream.num_rows, stream.seq_len, stream.pad_token_id) == (14, 8, 0)
+    assert [beginning[index] for index in range(len(beginning))] == rows(stream, range(4))
+    assert (beginning.seq_len, beginning.pad_token_id) == (8, 0)
+
+
+def test_quotas_add_up() -> None:
+    assert (
+        quotas([1, 1, 1], 10) == [4, 3, 3] and quotas([0.2, 0.8], 5) == [1, 4] and quotas([5, 0], 3) == [3, 0]
+    )
