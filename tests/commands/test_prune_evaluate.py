@@ -30,9 +30,10 @@ def rows(out: str) -> dict[str, dict[str, float]]:
 def test_prune_writes_a_student_and_nothing_else(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
     arguments = inputs.settings(tmp_path)
     done = call(prune.COMMAND, arguments)
-    scoring, student = done.out.splitlines()
+    scores, student = done.out.splitlines()
     assert done.code == 0 and student == f"student: {tmp_path / 'student'}", done.err
-    assert scoring == f"scoring {inputs.teacher} on 8 rows of text, to cut the student out of it ..."
+    # The run that the reference is of has scored this teacher on this text.
+    assert scores.startswith(f"scores of {inputs.teacher}: those measured before, ")
     assert same_weights(tmp_path / "student", reference / "pruned"), (
         "the student that launch.distill begins with"
     )

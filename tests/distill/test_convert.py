@@ -30,7 +30,7 @@ def test_what_is_left_out_takes_its_default() -> None:
     ("values", "message"),
     [
         ({"train": {"stepz": 3}}, "there is no key train.stepz; did you mean train.steps?"),
-        ({"stepz": 3}, "there is no key stepz; did you mean train.steps?"),
+        ({"stepz": 3}, "there is no key stepz; did you mean student.sparsity.steps or train.steps?"),
         ({"temperature": 3}, "there is no key temperature; did you mean loss.temperature?"),
         ({"quux": 3}, "there is no key quux; see --help"),
         ({"train": {"steps": "many"}}, "train.steps=many must be a whole number"),

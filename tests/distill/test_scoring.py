@@ -113,6 +113,7 @@ def test_widths_and_layers_are_scored_by_methods_of_their_own(folder: Path) -> N
         method: score_teacher(stage, mesh, links, text, method=method, seed=1)
         for method in ("activation", "l1", "l2", "random")
     }
+    assert all(sorted(scores.layers) == [0, 1, 2] for scores in whole.values())
     depths = {"block_influence": whole["activation"].layers, "random": whole["random"].layers}
     for method, alone in whole.items():
         for depth, layers in depths.items():
@@ -171,15 +172,21 @@ def _config(folder: Path, cache: Path, **prune: str) -> Config:
     )
 
 
-def _cached(config: Config, folder: Path, mesh: Mesh, num_rows: int = 7) -> Scores:
+def _cached(
+    config: Config, folder: Path, mesh: Mesh, *, num_rows: int = 5, other_token: bool = False
+) -> Scores:
+    """Five rows fill up their micro-batches with fewer rows on one process than on two replicas."""
     stage, links = load_teacher(folder, mesh)
+    text = share(mesh, num_rows)
+    if other_token:
+        text[0].input_ids_BS[0, 0] ^= 1
     scores, _ = cached_scores(
         config,
         mesh,
         teacher=stage,
         teacher_folder=folder,
         links=links,
-        microbatches=share(mesh, num_rows),
+        microbatches=text,
     )
     return scores
 
@@ -205,12 +212,13 @@ def test_scores_are_measured_once(folder: Path, tmp_path: Path, capfd: pytest.Ca
     _cached(_config(folder, cache, method="l1"), folder, single, num_rows=2)
     assert len(list(file.parent.iterdir())) == 2
     _cached(config, folder, single, num_rows=2)
+    _cached(config, folder, single, other_token=True)
     _cached(_config(folder, cache, depth_method="random"), folder, single)
     other = save_teacher(tmp_path / "other")
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     _cached(config, other, single)
-    assert len(list(file.parent.iterdir())) == 5
+    assert len(list(file.parent.iterdir())) == 6
 
 
 @pytest.mark.parametrize("place", [0.5, 0.95], ids=["header", "tensor"])
