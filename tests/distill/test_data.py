@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -193,7 +194,11 @@ def test_sources_share_what_is_held_out(tmp_path: Path) -> None:
     load = {"tokenizer": tiny_tokenizer(), "seed": 3, "cache_dir": tmp_path / "cache"}
 
     def texts_of(rows: Rows) -> set[tuple[int, ...]]:
-        return {tuple(rows[index].input_ids_S.tolist()) for index in range(len(rows))}
+        texts = set()
+        for index in range(len(rows)):
+            ends = itertools.accumulate(rows.piece_lengths(index), initial=0)
+            texts |= {tuple(rows[index].input_ids_S[a:b].tolist()) for a, b in itertools.pairwise(ends)}
+        return texts
 
     held_out, whole, *sources = (
         texts_of(load_rows(data, part=part, source=source, **load))
