@@ -119,6 +119,13 @@ def test_scores_are_those_of_plain_models_in_every_layout(tmp_path: Path) -> Non
             torch.testing.assert_close(scores, expected[name], rtol=1e-9, atol=1e-9)
 
 
+def test_a_row_holds_all_but_the_last_token(tmp_path: Path) -> None:
+    longest = max(len(piece.token_ids) for piece in load(tmp_path, seq_len=200).pieces)
+    assert load(tmp_path, seq_len=longest - 1).num_cut == 0
+    shorter = load(tmp_path, seq_len=longest - 2)
+    assert shorter.num_cut > 0 and max(len(piece.token_ids) for piece in shorter.pieces) == longest - 1
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("template", [TEMPLATE, "{question}", "Say: {question} is "])
 def test_the_choice_begins_where_the_prompt_alone_ends(template: str, adds_bos: bool, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_broken_file_is_made_again(
 
 
 def test_what_is_no_number_is_not_kept(levels: Levels) -> None:
-    assert levels.of("rows", Mesh.single(), Counted({"eval/loss": math.nan}))[1] is False
+    assert levels.of("rows", Mesh.single(), Counted({"eval/loss": 1.0, "eval/kl": math.nan}))[1] is False
     assert not levels.folder.exists()
 
 
