@@ -19,6 +19,7 @@ from distill.checks import check_models
 from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.pretrained import load_config, load_tokenizer, resolve_model
+from distill.ranks import find_targets
 from distill.shape import planned_config, resolve_shape
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
@@ -105,6 +106,8 @@ def checked_student(
         shape = resolve_shape(teacher_config, config.student.prune, tp=config.mesh.tp)
         student_config = planned_config(teacher_config, shape)
     check_models(config, teacher_config, student_config)
+    if config.student.low_rank.is_asked:
+        find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
     return student_config
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from distill.balance import split_models
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
 from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
+from distill.lowrank import factorise_student
 from distill.planning import Planner
+from distill.pretrained import load_config
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
@@ -64,6 +67,9 @@ def open_session(config: Config, mesh: Mesh) -> Session:
     )
     teacher = load_teacher(config, mesh, models)
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
+    if config.student.low_rank.is_asked:
+        models, low_rank_s = factorise_for(config, mesh, models, corpus)
+        prune_s += low_rank_s
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     return Session(
@@ -121,7 +127,7 @@ def _traffic(
 
 
 def _forward_links(
-    config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel
+    config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel | None
 ) -> Links:
     """Return channels for forward passes alone. Collectives: those of making `Links`."""
     traffic = _traffic(config, students, teacher)
@@ -143,6 +149,33 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
     )
 
 
+def factorise_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus) -> tuple[Models, float]:
+    """Factor the dense student of `models.student_folder` beside `run.dir`/pruned; return where it is now, and the seconds.
+
+    The student's layers are split anew, for they cost less; the teacher's stay where they have been loaded.
+
+    Raises:
+        ConfigError: linears that cannot be factored as asked.
+    Collectives: those of `load_student` and `factorise_student`.
+    """
+    students, student_config = load_student(config, mesh, models, trainable=False)
+    folder = Path(config.run.dir) / "factored"
+    seconds = factorise_student(
+        config,
+        mesh,
+        students=students,
+        student_config=student_config,
+        source=models.student_folder,
+        links=_forward_links(config, mesh, models, students, None),
+        microbatches=corpus.calibration(config, mesh),
+        target=folder,
+    )
+    layers = tuple(len(owned) for owned in models.split.teacher)
+    pinned = replace(config.pipeline, teacher_layers=layers, slices=models.split.num_slices)
+    split = split_models(replace(config, pipeline=pinned), models.teacher_config, load_config(folder))
+    return replace(models, student_folder=folder, split=split), seconds
+
+
 def _adamw(config: Config) -> AdamWOptions:
     options = config.optimizer
     return AdamWOptions(
@@ -162,7 +195,7 @@ def _learning_rate(config: Config) -> LearningRate:
 
 
 def make_student(config: Config, mesh: Mesh) -> Path:
-    """Write the pruned student to `run.dir`/student and nothing else; return the folder.
+    """Write the pruned student to `run.dir`/student and nothing else, or a factored one beside it; return the folder.
 
     Raises:
         ConfigError: a mistake in the settings, the teacher or the corpus.
@@ -172,6 +205,8 @@ def make_student(config: Config, mesh: Mesh) -> Path:
     corpus = load_corpus(config, mesh, models.teacher_folder)
     teacher = load_teacher(config, mesh, models)
     prune_for(config, mesh, models, corpus, teacher)
+    if config.student.low_rank.is_asked:
+        models, _ = factorise_for(config, mesh, models, corpus)
     return models.student_folder
 
 

@@ -29,6 +29,7 @@ from distill.stop import Stop
 from distill.timeline import write_timeline
 from parallel import checkpoint
 from parallel.collectives import all_reduce_, broadcast_object
+from parallel.factored import ranks_of
 from parallel.mesh import Mesh
 
 STUDENT_FOLDER = "student"
@@ -224,7 +225,8 @@ def _finish(
             "student": str(folder / STUDENT_FOLDER),
             "parameters": dict(zip(("teacher", "student"), sizes)),
         }
-    card = model_card(config, summary) if mesh.world.is_first else ""
+    factored = bool(ranks_of(session.student_config))
+    card = model_card(config, summary, factored=factored) if mesh.world.is_first else ""
     export_student(
         session.students,
         mesh,
@@ -233,6 +235,7 @@ def _finish(
         model_config=session.student_config,
         card=card,
         dtype=DTYPES[config.train.dtype],
+        merge_factors=config.export.low_rank == "merged",
     )
     return broadcast_object(log.finish(summary), mesh.world)
 
