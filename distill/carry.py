@@ -1,7 +1,7 @@
 """Adam's moments over a cut: each entry that the new student has from the one before keeps its own.
 
 Decides that moments follow the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
-have, and that what came back from the teacher starts without any. Weights come from the cut student's folder. A cut of
+have, and that what came back from the teacher, or is a factor of a low rank on either side, starts without any. Weights come from the cut student's folder. A cut of
 the residual width rescales norms (`distill.prune`); their moments keep the old scale, which AdamW forgets within
 1 / (1 - beta) steps. One whole tensor is in memory at a time.
 """
@@ -44,12 +44,12 @@ def carry_moments(
     """
     for entry, views in optimizer.state():
         name = teacher_name(entry.name, new)
-        layout = layout_of(name, teacher_shapes[name], sizes)
-        before = student_name(name, old)
+        before = student_name(name, old) if name in teacher_shapes else None
         for kind in MOMENTS:
             view = views[kind].zero_()
-            if before is None:
+            if before is None or _is_factored(files, f"{kind}/{before}"):
                 continue
+            layout = layout_of(name, teacher_shapes[name], sizes)
             try:
                 whole = recut(files.read(f"{kind}/{before}"), layout, sizes, old, new)
             except IndexError as error:
@@ -61,3 +61,8 @@ def carry_moments(
                 part = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
             view.copy_(part)
     optimizer.set_updates(updates)
+
+
+def _is_factored(files: CheckpointFiles, name: str) -> bool:
+    """Whether a checkpoint holds factors in place of a parameter."""
+    return f"{name.rpartition('.')[0]}.first.weight" in files.names

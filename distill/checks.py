@@ -30,6 +30,7 @@ _POSITIVE = (
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
     "student.sparsity.steps",
+    "student.low_rank.params",
     "loss.top_k",
     "mesh.pp",
     "mesh.tp",
@@ -75,6 +76,7 @@ _WORDS = {
     "optimizer.moments": ("keep", "reset"),
     "log.wandb": ("offline", "online", "disabled"),
     "run.device": ("auto", "cpu", "cuda"),
+    "export.low_rank": ("merged", "factored"),
 }
 _LATER = {
     "optimizer.engine": ("deepspeed",),
@@ -197,6 +199,7 @@ def _check_related(flat: dict[str, Any]) -> None:
     _check_weights(flat["data.weights"], flat["data.path"])
     _check_virtual_stages(flat)
     _check_sparsity(flat)
+    _check_low_rank(flat)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -207,16 +210,36 @@ def _check_related(flat: dict[str, Any]) -> None:
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']} is more than train.steps={flat['train.steps']}; "
             "use fewer"
         )
+    for key in ("student.prune.layers", "student.low_rank.layers"):
+        _check_indices(key, flat[key])
     layers, num_layers = flat["student.prune.layers"], flat["student.prune.num_layers"]
+    if layers is not None and num_layers not in (None, len(layers)):
+        raise ConfigError(
+            f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
+        )
+
+
+def _check_indices(key: str, layers: list[int] | None) -> None:
     if layers is None:
         return
     if not layers or layers[0] < 0 or any(before >= after for before, after in itertools.pairwise(layers)):
+        raise ConfigError(f"{key}={show(layers)} must be layer indices from 0 up, each once, in order")
+
+
+def _check_low_rank(flat: dict[str, Any]) -> None:
+    """Check that at most one key says how small the factors are, and that what it says can be."""
+    keys = [f"student.low_rank.{name}" for name in ("ratio", "params", "energy")]
+    given = [key for key in keys if flat[key] is not None]
+    if len(given) > 1:
+        both = " and ".join(f"{key}={show(flat[key])}" for key in given)
+        raise ConfigError(f"{both} each say how small the factors are; leave all but one of them null")
+    for key in ("student.low_rank.ratio", "student.low_rank.energy"):
+        if flat[key] is not None and not 0 < flat[key] < 1:
+            raise ConfigError(f"{key}={flat[key]} must be greater than 0 and less than 1, or null")
+    modules = flat["student.low_rank.modules"]
+    if not modules or (isinstance(modules, str) and modules not in ("ffn", "attention")):
         raise ConfigError(
-            f"student.prune.layers={show(layers)} must be layer indices from 0 up, each once, in order"
-        )
-    if num_layers not in (None, len(layers)):
-        raise ConfigError(
-            f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
+            f"student.low_rank.modules={show(modules)} is not known; use ffn, attention, or a list such as [mlp.down_proj]"
         )
 
 

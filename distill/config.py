@@ -68,6 +68,27 @@ class Sparsity:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    ratio: float | None = None
+    """Share of each chosen matrix's parameters that its two factors keep; null leaves it to `params` or `energy`, all null factor nothing."""
+    params: int | None = None
+    """Parameters of the whole student, ranks shared out among the chosen matrices by their singular values; null as above."""
+    energy: float | None = None
+    """Share of each chosen matrix's squared singular values that its factors keep; null as above."""
+    modules: str | tuple[str, ...] = "ffn"
+    """Which linears: `ffn`, `attention`, or a list of names inside a layer such as mlp.down_proj."""
+    layers: tuple[int, ...] | None = None
+    """Indices of the student's layers; null takes all."""
+    whiten: bool = True
+    """Keep what a calibration text shows to matter (`student.prune.calibration_rows`); false looks at the weights alone."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is to be factored."""
+        return any(wanted is not None for wanted in (self.ratio, self.params, self.energy))
+
+
+@dataclass(frozen=True)
 class Student:
     model: str | None = None
     """Hub id or local folder of a ready student; null prunes one out of the teacher."""
@@ -75,6 +96,8 @@ class Student:
     """Shape of the pruned student."""
     sparsity: Sparsity = field(default_factory=Sparsity)
     """Weights that are held at zero through the training."""
+    low_rank: LowRank = field(default_factory=LowRank)
+    """Which of the student's linears become two of a low rank, before it is trained."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +270,12 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    low_rank: str = "merged"
+    """Factored linears in the exported student: `merged` (one matrix, a plain folder) or `factored` (kept, with a modelling file)."""
+
+
+@dataclass(frozen=True)
 class Config:
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
@@ -263,6 +292,7 @@ class Config:
     log: Log = field(default_factory=Log)
     run: Run = field(default_factory=Run)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    export: Export = field(default_factory=Export)
 
     @property
     def needs_teacher(self) -> bool:

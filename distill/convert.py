@@ -17,7 +17,16 @@ from distill.annealing import EXAMPLE, is_schedule
 from distill.config import Config, ConfigError
 
 ROUND_KEYS = (
-    *("student.prune", "student.sparsity", "loss", "teacher", "gate", "data.weights", "data.seq_len"),
+    *(
+        "student.prune",
+        "student.low_rank",
+        "student.sparsity",
+        "loss",
+        "teacher",
+        "gate",
+        "data.weights",
+        "data.seq_len",
+    ),
     *("train.steps", "train.tokens", "train.global_batch_size", "train.microbatch_size"),
     *(
         "optimizer.lr",

@@ -19,6 +19,7 @@ from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.model_checks import check_models
 from distill.pretrained import load_config, load_tokenizer, resolve_model
+from distill.ranks import find_targets
 from distill.rounds import Lineage, lineage_of
 from distill.shape import planned_config, resolve_shape
 from distill.stream import Beginning, Stream
@@ -90,14 +91,10 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     if lineage.origin != config.teacher.model:
         origin_folder = fetch(lineage.origin, "teacher.model")
         origin_config = load_config(origin_folder, trust_remote_code=trust)
-    ready = None
-    if lineage.begins is None:
+    student_folder, ready = lineage.begins, None
+    if student_folder is None:
         student_folder = fetch(config.student.model, "student.model")
         ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
-    else:
-        student_folder = lineage.begins
-        if not lineage.cuts:
-            ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
     student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
     try:
         split = split_models(config, teacher_config, student_config)
@@ -110,7 +107,7 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
         origin_config=origin_config,
         student_folder=student_folder,
         previous_folder=lineage.previous,
-        needs_cut=lineage.cuts,
+        needs_cut=ready is None,
         split=split,
     )
 
@@ -137,6 +134,8 @@ def checked_student(
         shape = resolve_shape(origin_config, config.student.prune, tp=config.mesh.tp)
         student_config = planned_config(origin_config, shape)
     check_models(config, teacher_config, student_config)
+    if config.student.low_rank.is_asked:
+        find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
     return student_config
 
 

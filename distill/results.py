@@ -12,6 +12,7 @@ from distill.loading import DTYPES
 from distill.metrics import RunLog
 from distill.rounds import STUDENT_FOLDER, Progress
 from distill.session import Session
+from parallel.factored import ranks_of
 from parallel.mesh import Mesh
 
 
@@ -36,7 +37,8 @@ def export_round(
     card = ""
     if mesh.world.is_first:
         summary = {"tokens": progress.tokens, "table": result_table(log, config, progress)}
-        card = model_card(settings, summary | ({} if sparsity is None else {"sparsity": sparsity}))
+        summary |= {} if sparsity is None else {"sparsity": sparsity}
+        card = model_card(settings, summary, factored=bool(ranks_of(session.student_config)))
     export_student(
         session.students,
         mesh,
@@ -45,6 +47,8 @@ def export_round(
         model_config=session.student_config,
         card=card,
         dtype=DTYPES[config.train.dtype],
+        # A student that goes on into another round is cut as a plain one.
+        merge_factors=config.export.low_rank == "merged" or target.name != STUDENT_FOLDER,
     )
 
 

@@ -18,6 +18,7 @@ from distill.convert import round_config
 
 STUDENT_FOLDER = "student"
 CUT_FOLDER = "pruned"
+FACTORED_FOLDER = "factored"
 _PREVIOUS = "previous"
 _ROUND = re.compile(r"round-(\d+)")
 
@@ -67,27 +68,32 @@ class Lineage:
 
     origin: str
     """The model whose units all cuts count: the first round's teacher."""
+    made_in: int
+    """The round that its student was made for: this one, or an earlier one whose student it goes on with."""
     previous: Path | None
-    """The student of the round before; None in the first."""
+    """The student of the round before that; None for the first round."""
     begins: Path | None
-    """The student that the round begins with, which is made if it is not there; None where `student.model` names it."""
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the round cuts its student."""
-        return self.begins is not None and self.begins != self.previous
+    """The cut student of that round, which is made if it is not there; None where `student.model` names it."""
+    factored: Path
+    """The same with linears of a low rank, where they are asked for."""
 
 
 def lineage_of(rounds: Sequence[Config], index: int) -> Lineage:
     """Return where the student of round `index` comes from."""
     folder = Path(rounds[0].run.dir or ".")
-    settings, origin = rounds[index], rounds[0].teacher.model
-    if index == 0:
-        return Lineage(origin, None, folder / CUT_FOLDER if settings.student.model is None else None)
-    previous = round_folder(folder, index - 1)
-    if settings.student == rounds[index - 1].student:
-        return Lineage(origin, previous, previous)
-    return Lineage(origin, previous, folder / f"{CUT_FOLDER}-{index}")
+    shapes = [(each.student.prune, each.student.low_rank) for each in rounds]
+    made_in = next(
+        number for number in range(index, -1, -1) if not number or shapes[number] != shapes[number - 1]
+    )
+    suffix = f"-{made_in}" if made_in else ""
+    ready = made_in == 0 and rounds[0].student.model is not None
+    return Lineage(
+        origin=rounds[0].teacher.model,
+        made_in=made_in,
+        previous=round_folder(folder, made_in - 1) if made_in else None,
+        begins=None if ready else folder / f"{CUT_FOLDER}{suffix}",
+        factored=folder / f"{FACTORED_FOLDER}{suffix}",
+    )
 
 
 @dataclass(frozen=True)

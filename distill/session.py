@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from distill.balance import split_models
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import num_parameters
@@ -27,7 +28,9 @@ from distill.loading import (
     load_student,
     load_teacher,
 )
+from distill.lowrank import factorise_student
 from distill.planning import Planner
+from distill.pretrained import load_config
 from distill.rounds import Lineage
 from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
@@ -94,6 +97,9 @@ def open_session(
     )
     teacher = load_teacher(config, mesh, models)
     prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_cut else 0.0
+    if config.student.low_rank.is_asked:
+        models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
+        prune_s += low_rank_s
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data
@@ -197,6 +203,36 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
         )
 
 
+def factorise_for(
+    config: Config, mesh: Mesh, models: Models, corpus: Corpus, lineage: Lineage
+) -> tuple[Models, float]:
+    """Factor the dense student of `models.student_folder` into `lineage.factored`; return where it is now, and the seconds.
+
+    The student's layers are split anew, for they cost less; the teacher's stay where they have been loaded.
+
+    Raises:
+        ConfigError: linears that cannot be factored as asked.
+    Collectives: those of `load_student` and `factorise_student`.
+    """
+    students, student_config = load_student(config, mesh, models, trainable=False)
+    folder = lineage.factored
+    with closing(_forward_links(config, mesh, models, students, None)) as links:
+        seconds = factorise_student(
+            config,
+            mesh,
+            students=students,
+            student_config=student_config,
+            source=models.student_folder,
+            links=links,
+            microbatches=corpus.calibration(config, mesh),
+            target=folder,
+        )
+    layers = tuple(len(owned) for owned in models.split.teacher)
+    pinned = replace(config.pipeline, teacher_layers=layers, slices=models.split.num_slices)
+    split = split_models(replace(config, pipeline=pinned), models.teacher_config, load_config(folder))
+    return replace(models, student_folder=folder, split=split), seconds
+
+
 def _adamw(config: Config) -> AdamWOptions:
     options = config.optimizer
     return AdamWOptions(
@@ -216,7 +252,7 @@ def _learning_rate(config: Config) -> LearningRate:
 
 
 def make_student(config: Config, mesh: Mesh) -> Path:
-    """Write the pruned student to `run.dir`/student and nothing else; return the folder.
+    """Write the pruned student to `run.dir`/student and nothing else, or a factored one beside it; return the folder.
 
     Raises:
         ConfigError: a mistake in the settings, the teacher or the corpus.
@@ -226,6 +262,8 @@ def make_student(config: Config, mesh: Mesh) -> Path:
     corpus = load_corpus(config, mesh, models.teacher_folder)
     teacher = load_teacher(config, mesh, models)
     prune_for(config, mesh, models, corpus, teacher)
+    if config.student.low_rank.is_asked:
+        models, _ = factorise_for(config, mesh, models, corpus)
     return models.student_folder
 
 

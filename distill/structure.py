@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distill.config import ConfigError
 from distill.kept import Kept
+from parallel.factored import ranks_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,11 +103,16 @@ class Sizes:
         """Read the sizes from a transformers config.
 
         Raises:
-            ConfigError: the config lacks one of them, or its layers differ in width.
+            ConfigError: the config lacks one of them, or its layers differ in width or are factored.
         """
         if getattr(config, "is_heterogeneous", False):
             raise ConfigError(
                 f"student.prune: {config.model_type} with per_layer_config cannot be pruned yet"
+            )
+        if ranks_of(config):
+            raise ConfigError(
+                f"student.prune: a {config.model_type} with factored linears cannot be pruned; use one that was exported "
+                "with export.low_rank=merged"
             )
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
         missing = [name for name in names if not isinstance(getattr(config, name, None), int)]

@@ -128,10 +128,11 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
 def _round(running: _Run) -> str:
     """Train a round once, from where it is; return `stopped`, `end`, or `next` when there is more to train."""
     config, settings, mesh, progress = running.config, running.settings, running.mesh, running.progress
+    lineage = lineage_of(running.rounds, progress.round)
     session = open_session(
         settings,
         mesh,
-        lineage_of(running.rounds, progress.round),
+        lineage,
         judging=config,
         first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
     )
@@ -140,9 +141,8 @@ def _round(running: _Run) -> str:
     begins = progress.round_step == 0 and progress.step > 0
     found = checkpoint.latest(running.checkpoints, mesh) if begins else running.resumed
     if found is not None:
-        take_over(
-            found, settings, session, begins=begins, recut=session.models.needs_cut and not progress.attempt
-        )
+        recut = lineage.made_in == progress.round and not progress.attempt
+        take_over(found, settings, session, begins=begins, recut=recut)
     if session.sparsifier is not None:
         session.sparsifier.begin()
     _say_start(running, session)
@@ -305,8 +305,6 @@ def _judge_student(running: _Run, session: Session, *, with_choices: bool) -> Fi
         step=progress.step, round=progress.round, model="student", parameters=parameters, values=figures
     )
     return figures
-
-    """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
 
 
 def _check_finite(config: Config, who: str, figures: Figures) -> None:

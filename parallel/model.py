@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from parallel.collectives import shard_range
+from parallel.factored import factorise_linears, ranks_of
 from parallel.gradients import WeightGradients
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.mesh import Axis
@@ -87,9 +88,18 @@ def build_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the unmodified causal LM of `config` on the meta device."""
+    """Return the causal LM of `config` on the meta device, unmodified but for the linears that the config factors.
+
+    Raises:
+        UnsupportedModel: factors of something that is no linear.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(build_config(config))
+        model = AutoModelForCausalLM.from_config(build_config(config))
+    try:
+        factorise_linears(model, ranks_of(config))
+    except ValueError as error:
+        raise UnsupportedModel(str(error)) from error
+    return model
 
 
 class StageModel(nn.Module):

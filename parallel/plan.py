@@ -3,7 +3,8 @@
 transformers publishes, for about 120 families, a plan (module name pattern -> style). This file turns each style into a
 layer of `parallel.layers` and says clearly when a family uses a style, or a module class, that is not known. Linears
 that the plan leaves out are computed whole on every rank, by the same layer class with an axis of one, so that their
-weight gradients too can be scheduled apart. It holds no table of families.
+weight gradients too can be scheduled apart. The plan names a factored linear by its dense name; `parallel.factored` says
+which styles its factors get. It holds no table of families.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import torch
 from torch import nn
 
+from parallel.factored import STYLES_OF_FACTORS, FactoredLinear
 from parallel.layers import (
     SINGLE,
     ColumnParallelLinear,
@@ -90,10 +92,16 @@ def _replacement(
         )
     if isinstance(module, nn.Identity):
         return None
+    if isinstance(module, (nn.Linear, FactoredLinear)) and style not in STYLES_OF_FACTORS:
+        raise UnsupportedModel(f"module {name}: style {style!r} on a linear is not known")
     if isinstance(module, nn.Linear):
-        if style == "replicated_with_grad_allreduce":
-            raise UnsupportedModel(f"module {name}: style {style!r} on a linear is not known")
         return _parallel_linear(module, style, tp, gradients)
+    if isinstance(module, FactoredLinear):
+        first, second = STYLES_OF_FACTORS[style]
+        return FactoredLinear(
+            _parallel_linear(module.first, first, tp, gradients),
+            _parallel_linear(module.second, second, tp, gradients),
+        )
     if isinstance(module, nn.Embedding):
         return VocabParallelEmbedding(
             module.num_embeddings,
@@ -127,7 +135,15 @@ def parallelize(model: nn.Module, plan: dict[str, str], tp: Axis, gradients: Wei
     """
     if tp.size > 1 and not plan:
         raise UnsupportedModel(f"{type(model).__name__} publishes no tensor-parallel plan; use mesh.tp=1")
+    factors = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLinear)
+        for part in ("first", "second")
+    }
     for name, module in list(model.named_modules()):
+        if name in factors:
+            continue
         new = _replacement(name, module, style_of(name, plan), tp, gradients)
         if new is not None:
             parent, _, child = name.rpartition(".")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel import factored
 from parallel.collectives import all_gather, barrier, gather_objects, shard_sizes
 from parallel.layers import ShardSpec
 from parallel.mesh import Axis, Mesh
@@ -189,18 +190,28 @@ def gather_tensor(local: Tensor, entry: Entry) -> Tensor:
     return all_gather(local.contiguous(), entry.tp, dim=entry.shard.dim, sizes=sizes)
 
 
-def _batches(stage: StageModel, max_bytes: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def _whole_tensors(stage: StageModel, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stage's tensors whole, by name; with `merge` factors as the matrix that they make."""
+    tensors = (
+        (entry.name, gather_tensor(entry.parameter.detach(), entry))
+        for entry in parameter_table(stage)
+        if not entry.is_tied_copy
+    )
+    return factored.merge_factors(tensors, factored.ranks_of(stage.config)) if merge else tensors
+
+
+def _batches(
+    stage: StageModel, max_bytes: int, dtype: torch.dtype, *, merge: bool
+) -> Iterator[dict[str, Tensor]]:
     """Yield whole tensors in groups of at most `max_bytes` (at least one tensor)."""
     group: dict[str, Tensor] = {}
     size_bytes = 0
-    for entry in parameter_table(stage):
-        if entry.is_tied_copy:
-            continue
-        tensor = gather_tensor(entry.parameter.detach(), entry).to("cpu", dtype).contiguous()
+    for name, whole in _whole_tensors(stage, merge=merge):
+        tensor = whole.to("cpu", dtype).contiguous()
         if group and size_bytes + tensor.nbytes > max_bytes:
             yield group
             group, size_bytes = {}, 0
-        group[entry.name] = tensor
+        group[name] = tensor
         size_bytes += tensor.nbytes
     if group:
         yield group
@@ -214,6 +225,7 @@ def export_weights(
     *,
     dtype: torch.dtype,
     max_shard_bytes: int = 2 * 1024**3,
+    merge_factors: bool = False,
 ) -> None:
     """Write the whole model's weights as safetensors shards with an index, readable by `from_pretrained`.
 
@@ -224,6 +236,7 @@ def export_weights(
         stages: this rank's stages, in ascending order.
         dtype: of the file.
         max_shard_bytes: file size to stay under (one tensor may exceed it).
+        merge_factors: write a factored linear as the one matrix that its factors make.
     Collectives: all-gathers over tp, then two over the world.
     """
     writes = mesh.dp.is_first and mesh.tp.is_first
@@ -231,7 +244,7 @@ def export_weights(
     total_bytes = 0
     for chunk, stage in enumerate(stages):
         place = chunk * mesh.pp.size + mesh.pp.rank
-        for number, group in enumerate(_batches(stage, max_shard_bytes, dtype)):
+        for number, group in enumerate(_batches(stage, max_shard_bytes, dtype, merge=merge_factors)):
             if writes:
                 file = f"model-stage{place:03d}-{number:05d}.safetensors"
                 save_file(group, folder / file, metadata={"format": "pt"})

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from parallel.factored import CONFIG_KEY, factorise_linears, ranks_of
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "glm4", "gemma2", "phi3", "olmo2", "starcoder2", "granite")
 
 _EXTRA = {
@@ -38,11 +40,24 @@ def tiny_config(family: str, **overrides: object) -> PretrainedConfig:
     return AutoConfig.for_model(family, **{**values, **_EXTRA.get(family, {}), **overrides})
 
 
+def factored_config(family: str, ranks: dict[str, int], **overrides: object) -> PretrainedConfig:
+    """Return a tiny config with linears in two factors; `ranks` are by name inside a layer (layers 0 to 2), such as mlp.up_proj."""
+    config = tiny_config(family, **overrides)
+    of_layers = {f"model.layers.{layer}.{name}": rank for layer in range(3) for name, rank in ranks.items()}
+    setattr(config, CONFIG_KEY, of_layers)
+    return config
+
+
 def tiny_model(
     config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """Return an unmodified transformers model in eval mode whose weights are all random, norms and biases too."""
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    """Return a transformers model in eval mode whose weights are all random, norms and biases too.
+
+    It is unmodified, but for the linears that the config has in two factors.
+    """
+    model = AutoModelForCausalLM.from_config(config)
+    factorise_linears(model, ranks_of(config))
+    model = model.to(dtype).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

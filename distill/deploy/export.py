@@ -1,11 +1,13 @@
 """Write the student as a Hugging Face folder that plain `from_pretrained` and inference engines read.
 
 Weights come from the distributed stages shard by shard; config, tokenizer and the kept indices of the pruning come
-from the folder the student started as; the model card is written here. The folder appears whole or not at all.
+from the folder the student started as; the model card is written here. Factored linears are merged, or kept with the code
+that loads them, which is copied into the folder. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +18,24 @@ from transformers import PretrainedConfig
 
 from distill.config import Config
 from distill.convert import config_to_dict, show
+from distill.deploy import modeling_reflux_low_rank
 from distill.prune import KEPT_FOLDER, copy_companions
 from parallel.collectives import barrier
+from parallel.factored import CONFIG_KEY, ranks_of
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.weights import export_weights
+
+_MODELING = modeling_reflux_low_rank.__name__.rpartition(".")[2]
+_AUTO_MAP = {
+    "AutoModelForCausalLM": f"{_MODELING}.{modeling_reflux_low_rank.RefluxLowRankForCausalLM.__name__}"
+}
+_FACTORS = {
+    "merged": "- Linears were trained in two factors of a low rank, and are merged here: the parameters counted are the factors'.",
+    "factored": "- Linears are two factors of a low rank (`reflux_low_rank` in config.json): load with `trust_remote_code=True`; "
+    "without it transformers builds dense ones, reports them as missing, and the model is not this one.",
+}
+"""What the model card says of factored linears, by `export.low_rank`."""
 
 
 def export_student(
@@ -32,6 +47,7 @@ def export_student(
     model_config: PretrainedConfig,
     card: str,
     dtype: torch.dtype,
+    merge_factors: bool = True,
 ) -> None:
     """Write the student to `target`, replacing an earlier export of the same run.
 
@@ -41,6 +57,7 @@ def export_student(
         model_config: the student's config, as it is to be written.
         card: text of the model card.
         dtype: of the written weights.
+        merge_factors: write factored linears as one matrix each; else as they are, with the code that loads them.
     Collectives: those of `export_weights`; barriers over the world.
     """
     temporary = target.with_name(f".{target.name}.partial")
@@ -48,10 +65,9 @@ def export_student(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier(mesh.world)
-    export_weights(stages, mesh, temporary, dtype=dtype)
+    export_weights(stages, mesh, temporary, dtype=dtype, merge_factors=merge_factors)
     if mesh.world.is_first:
-        model_config.dtype = dtype
-        model_config.save_pretrained(temporary)
+        _write_config(model_config, temporary, dtype=dtype, merge_factors=merge_factors)
         copy_companions(source, temporary)
         if (source / KEPT_FOLDER).is_dir():
             shutil.copytree(source / KEPT_FOLDER, temporary / KEPT_FOLDER)
@@ -61,8 +77,30 @@ def export_student(
     barrier(mesh.world)
 
 
-def model_card(config: Config, summary: Mapping[str, Any]) -> str:
-    """Return the model card: where the student comes from, how it was trained, what it reaches."""
+def _write_config(
+    model_config: PretrainedConfig, folder: Path, *, dtype: torch.dtype, merge_factors: bool
+) -> None:
+    """Write config.json, and beside it the code that loads factored linears if there are any and they stay."""
+    written = copy.deepcopy(model_config)
+    written.dtype = dtype
+    if ranks_of(written):
+        if merge_factors:
+            delattr(written, CONFIG_KEY)
+            if getattr(written, "auto_map", None) == _AUTO_MAP:
+                del written.auto_map
+        else:
+            written.auto_map = _AUTO_MAP
+            shutil.copyfile(modeling_reflux_low_rank.__file__, folder / f"{_MODELING}.py")
+    written.save_pretrained(folder)
+
+
+def model_card(config: Config, summary: Mapping[str, Any], *, factored: bool = False) -> str:
+    """Return the model card: where the student comes from, how it was trained, what it reaches.
+
+    Args:
+        summary: of the run, with its `table`.
+        factored: whether linears were trained in two factors.
+    """
     loss, prune = config_to_dict(config.loss), config.student.prune
     alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
     rows = [
@@ -78,6 +116,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
     if "sparsity" in summary:
         share, pattern = summary["sparsity"]["share"], summary["sparsity"]["pattern"]
         zeros = f" {share:.1%} of the weights of the layers' linears are zero ({pattern}), in dense tensors."
+    factors = [_FACTORS[config.export.low_rank]] if factored else []
     lines = [
         "---",
         "library_name: transformers",
@@ -88,6 +127,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         f"# Student of {config.teacher.model}",
         "",
         f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.{zeros}",
+        *factors,
         f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
         f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
         "",

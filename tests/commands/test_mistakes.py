@@ -51,7 +51,7 @@ def assert_one_line(done: Done, *parts: str) -> None:
         (["loss.alpha=-0.1"], ["loss.alpha=-0.1", "0 to 1"]),
         (["loss.temprature=2"], ["no key loss.temprature", "did you mean loss.temperature?"]),
         (["train.steps=ten"], ["train.steps=ten", "a whole number"]),
-        (["experiment=quickstar"], ["experiment=quickstar", "use debug or quickstart"]),
+        (["experiment=quickstar"], ["experiment=quickstar", "use debug, progressive or quickstart"]),
         (["data.seq_len=65"], ["data.seq_len=65", "max_position_embeddings=64", "use at most 64"]),
         (["data.seq_len=4"], ["data.seq_len=4", "use at least 8"]),
         (["train.global_batch_size=6", "train.microbatch_size=4"], ["train.global_batch_size=6", "use 4 or 8"]),

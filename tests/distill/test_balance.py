@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from distill.balance import count_work, split_models
+from distill.balance import count_layers, count_work, split_models
 from distill.config import Config, ConfigError, Data, Loss, MeshShape, Pipeline, Train
 from distill.costs import Profile, Split, stage_costs, stage_sums
 from parallel.pipeline.partition import Layers
-from tests.families import tiny_config
+from tests.families import factored_config, tiny_config
 from tests.pace import quiet_seconds
 
 CONFIG = Config(
@@ -163,3 +163,9 @@ def test_a_long_pipeline_is_split_fast() -> None:
     seconds, split = quiet_seconds(lambda: split_models(config, *models, profile=profile))
     assert seconds < 1.0
     assert len(stage_costs(profile, split).forward) == 8
+
+
+def test_factored_linears_count_as_their_factors() -> None:
+    parameters, _, _ = count_layers(factored_config("llama", {"mlp.up_proj": 8}), seq_len=8)
+    # Layers 0 to 2 have up [48, 32] and its bias in factors of rank 8, layer 3 has not.
+    assert [parameters[3] - each for each in parameters] == [48 * 32 - 8 * (48 + 32)] * 3 + [0]

@@ -51,21 +51,21 @@ def test_where_students_come_from() -> None:
     lineages = [lineage_of(rounds, index) for index in range(4)]
     folder = Path("run")
     assert [each.origin for each in lineages] == ["big"] * 4
-    assert [each.previous for each in lineages] == [None, *(folder / f"round-{index}" for index in range(3))]
-    assert [each.begins for each in lineages] == [
-        folder / "pruned",
-        folder / "pruned-1",
-        folder / "round-1",
-        folder / "pruned-3",
+    assert [each.made_in for each in lineages] == [0, 1, 1, 3], "the third goes on with the second's"
+    assert [each.previous for each in lineages] == [
+        None,
+        *(folder / f"round-{number}" for number in (0, 0, 2)),
     ]
-    assert [each.cuts for each in lineages] == [True, True, False, True]
+    begins = [folder / name for name in ("pruned", "pruned-1", "pruned-1", "pruned-3")]
+    assert [each.begins for each in lineages] == begins
+    assert [each.factored.name for each in lineages] == ["factored", "factored-1", "factored-1", "factored-3"]
 
 
 def test_a_ready_student_is_not_cut_in_the_first_round() -> None:
     rounds = rounds_of(config({}, {"student": {"prune": {"num_layers": 3}}}, model="small"))
     first, second = lineage_of(rounds, 0), lineage_of(rounds, 1)
-    assert first.begins is None and not first.cuts
-    assert second.cuts and second.previous == Path("run/round-0")
+    assert first.begins is None and first.previous is None
+    assert second.begins == Path("run/pruned-1") and second.previous == Path("run/round-0")
     assert rounds[1].student == replace(Student(model="small"), prune=Prune(num_layers=3))
 
 

@@ -167,6 +167,28 @@ def test_micro_batches_replicas_and_steps_without_valid_tokens(folders: dict[str
     _compare([[stats for stats, _ in rank] for rank in ranks], single[0])
 
 
+def _failing_bucket(folders: dict[str, str]) -> str:
+    """Let the reduction of a bucket fail that a backward started; return what the step says."""
+    case = replace(SINGLE, dp=2, num_microbatches=2)
+    step = make_step(case, folders, mesh_of(case))
+    reduce = step.optimizer.reduce_bucket
+
+    def reduce_and_fail(chunk: int, index: int) -> None:
+        reduce(chunk, index)
+        if index == 0:
+            raise OSError("the network is gone")
+
+    step.optimizer.reduce_bucket = reduce_and_fail
+    with pytest.raises(ActionFailed) as caught:
+        step(0)
+    step.close()
+    return str(caught.value.__cause__)
+
+
+def test_what_goes_wrong_beside_a_backward_ends_the_step(folders: dict[str, str]) -> None:
+    assert run_distributed(2, _failing_bucket, folders) == ["the network is gone"] * 2
+
+
 def _two_ways(folders: dict[str, str]) -> list[str]:
     """Train with whole and with split backwards; return the names that differ."""
     differ = []

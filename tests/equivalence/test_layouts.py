@@ -113,6 +113,18 @@ def test_recomputing_activations_changes_nothing(
     _run([case], folders, references)
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=layout_name)
+def test_linears_in_two_factors(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
+    cases = [
+        Case(*layout, "1f1b", "inline", "factored", 4),
+        Case(*layout, "zero_bubble", "batch", "factored tied", 2),
+        Case(*layout, "zero_bubble", "inline", "factored", 2, recompute="selective"),
+        Case(*layout, "gpipe", "inline", "factored", 2, recompute="full"),
+    ]
+    students = {case.student for case in cases}
+    _run(cases, folders, {student: run_reference(student, folders) for student in students})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiling_the_layers_changes_nothing(

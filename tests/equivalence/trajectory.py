@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model
 from torch import Tensor
 
 from distill.config import Loss
@@ -26,7 +27,7 @@ from parallel.pipeline.p2p import Links
 from parallel.pipeline.schedules import make_plan
 from parallel.pipeline.simulate import Costs
 from parallel.weights import gather_tensor, load_weights
-from tests.families import save_tiny, tiny_config, tiny_model
+from tests.families import factored_config, save_tiny, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, STEPS = 8, 9, 5
 LOSS = Loss(kind="forward_kl", temperature=2.0, alpha=0.3)
@@ -37,6 +38,22 @@ STUDENTS = {
     "untied": tiny_config("llama", tie_word_embeddings=False),
     "tied": tiny_config("qwen3", tie_word_embeddings=True),
     "deep": tiny_config("qwen3", tie_word_embeddings=True, num_hidden_layers=8),
+    # Every linear of the layer, biases too, one of a rank that tp does not divide; and the feed-forward ones.
+    "factored": factored_config(
+        "llama",
+        {
+            **dict.fromkeys(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), 6
+            ),
+            "mlp.gate_proj": 8,
+            "mlp.up_proj": 16,
+            "mlp.down_proj": 7,
+        },
+        tie_word_embeddings=False,
+    ),
+    "factored tied": factored_config(
+        "qwen3", {"mlp.gate_proj": 8, "mlp.down_proj": 8}, tie_word_embeddings=True
+    ),
 }
 COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, teacher_slice=0.5, latency=0.2, step=1.0)
 """What plans with look-ahead are made from; no costs change what is computed."""
@@ -76,7 +93,7 @@ SINGLE = Case(1, 1, 1, "1f1b", "inline", "tied", 4)
 
 
 def save_models(folder: Path) -> dict[str, str]:
-    """Write the teacher and both students; return their folders."""
+    """Write the teacher and the students; return their folders."""
     configs = {"teacher": TEACHER, **STUDENTS}
     return {
         name: str(save_tiny(folder / name, config, seed=seed))
@@ -213,10 +230,10 @@ def run_cases(cases: list[Case], folders: dict[str, str]) -> list[Trajectory]:
 
 
 def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
-    """Run the same steps with unmodified transformers models, torch's AdamW and the loss written as its formula."""
+    """Run the same steps with plain transformers models, torch's AdamW and the loss written as its formula."""
     model, teacher = tiny_model(STUDENTS[student]), tiny_model(TEACHER)
     for target, name in ((model, student), (teacher, "teacher")):
-        target.load_state_dict(type(target).from_pretrained(folders[name], dtype=torch.float64).state_dict())
+        load_model(target, Path(folders[name]) / "model.safetensors")
     groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(
         [

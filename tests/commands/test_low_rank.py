@@ -1,0 +1,88 @@
+"""Whole runs with a factored student: pruned, factored, trained, exported, gone on with, and judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launch import distill, evaluate
+from tests.commands.tiny_run import Inputs, call, losses, start, weights
+
+WANTED = ("student.low_rank.ratio=0.6", "train.steps=4", "checkpoint.every=2", "train.dtype=float64")
+
+
+@pytest.fixture(scope="module")
+def merged(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "run"
+    done = call(distill.COMMAND, inputs.settings(folder, *WANTED))
+    assert done.code == 0, done.err
+    assert "factored 9 of 9 linears, ranks 8 to 8" in done.out
+    return folder
+
+
+def test_the_export_is_the_trained_student(inputs: Inputs, merged: Path, tmp_path: Path) -> None:
+    done = call(distill.COMMAND, inputs.settings(tmp_path / "run", *WANTED, "export.low_rank=factored"))
+    assert done.code == 0, done.err
+    factored = tmp_path / "run" / "student"
+    assert losses(tmp_path / "run") == losses(merged)
+    plain, parts = weights(merged / "student"), weights(factored)
+    name = "model.layers.1.mlp.down_proj"
+    torch.testing.assert_close(
+        plain[f"{name}.weight"], parts[f"{name}.second.weight"] @ parts[f"{name}.first.weight"], rtol=1e-12, atol=1e-14
+    )  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(merged / "student")
+    assert "merged here" in (merged / "student" / "README.md").read_text()
+    assert "trust_remote_code=True" in (factored / "README.md").read_text()
+    # As a student it needs no code of its own: what is judged is what was trained.
+    expected = json.loads((merged / "summary.json").read_text())["table"][-1]
+    for folder in (merged / "student", factored):
+        arguments = inputs.settings(tmp_path / "judged", f"student.model={folder}", "train.dtype=float64")
+        done = call(evaluate.COMMAND, arguments)
+        assert done.code == 0, done.err
+        row = next(line for line in done.out.splitlines() if line.startswith("| student"))
+        cells = [cell.strip() for cell in row.split("|")]
+        assert {f"{expected[name]:.4g}" for name in ("perplexity", "agreement", "loss", "kl")} <= set(cells)
+        assert f"{expected['parameters']:,}" in cells or folder == merged / "student"
+
+
+def test_two_stages_are_one_run(inputs: Inputs, merged: Path, tmp_path: Path) -> None:
+    arguments = inputs.settings(tmp_path / "run", *WANTED, "mesh.pp=2")
+    done = start("launch.distill", arguments, num_ranks=2).end(timeout_s=200)
+    assert done.code == 0, done.err
+    for mine, expected in zip(losses(tmp_path / "run"), losses(merged), strict=True):
+        assert mine == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_goes_on_with_its_factors(inputs: Inputs, merged: Path, tmp_path: Path) -> None:
+    constant = [*WANTED, "optimizer.schedule=constant"]
+    for folder, steps in (("twice", 2), ("twice", 4), ("once", 4)):
+        done = call(distill.COMMAND, inputs.settings(tmp_path / folder, *constant, f"train.steps={steps}"))
+        assert done.code == 0, done.err
+    assert losses(tmp_path / "twice") == losses(tmp_path / "once")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["student.low_rank.layers=[5]"], "error: student.low_rank.layers=[5] names layer 5, but the student's are 0 to 2"),
+        (["student.low_rank.modules=[mlp.fc]"], "error: student.low_rank.modules=[mlp.fc] names mlp.fc, which"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_seen_before_weights_are_read(
+    overrides: list[str], words: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    done = call(distill.COMMAND, inputs.settings(tmp_path / "run", *WANTED, *overrides))
+    assert done.code == 2 and done.errors[0].startswith(words), done.err
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+def test_a_factored_teacher_is_not_pruned(inputs: Inputs, merged: Path, tmp_path: Path) -> None:
+    done = call(distill.COMMAND, inputs.settings(tmp_path / "run", f"teacher.model={merged / 'factored'}"))
+    assert done.code == 2
+    assert done.errors[0].startswith(
+        "error: student.prune: a qwen3 with factored linears cannot be pruned; use one"
+    )
