@@ -44,6 +44,8 @@ class Prune:
     """Target number of key/value heads, whole query groups are cut; null keeps the teacher's."""
     layers: tuple[int, ...] | None = None
     """Indices of the teacher's layers to keep, in order; null lets `num_layers` choose."""
+    per_layer: bool = False
+    """Let each layer keep as many feed-forward channels and query groups as its scores say; targets are then means over the layers."""
     calibration_rows: int = 32
     """Training rows of `data.seq_len` tokens over which activations are measured."""
 

@@ -198,18 +198,19 @@ def _l1_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> Scores:
     hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
     layers: dict[int, float] = {}
     for layer, quantities in by_layer.items():
-        ffn[layer] = torch.zeros(sizes.ffn, dtype=torch.float64)
-        groups[layer] = torch.zeros(sizes.groups, dtype=torch.float64)
+        own = sizes.at(layer)
+        ffn[layer] = torch.zeros(own.ffn, dtype=torch.float64)
+        groups[layer] = torch.zeros(own.groups, dtype=torch.float64)
         for quantity, values in quantities.items():
             module, _, dim = quantity.rpartition(".")
             parts = MATRICES[module][int(dim)]
-            for unit, part in zip(parts, values.split([sizes.width(unit) for unit in parts]), strict=True):
+            for unit, part in zip(parts, values.split([own.width(unit) for unit in parts]), strict=True):
                 if unit is Unit.FFN:
                     ffn[layer] += part
                 elif unit is Unit.HIDDEN:
                     hidden += part
                 else:
-                    groups[layer] += part.view(sizes.groups, -1).sum(dim=1)
+                    groups[layer] += part.view(own.groups, -1).sum(dim=1)
         layers[layer] = float(ffn[layer].sum() + groups[layer].sum())
     return _rounded("l1", ffn, groups, hidden, layers)
 
@@ -226,7 +227,7 @@ def _activation_scores(by_layer: dict[int, dict[str, Tensor]], sizes: Sizes) -> 
                 ffn[layer] = (squares * quantities[f"{quantity}.columns"]).sqrt()
             elif reads == (Unit.QUERY,):
                 energies = squares * quantities[f"{quantity}.columns"]
-                groups[layer] = energies.view(sizes.groups, -1).sum(dim=1).sqrt()
+                groups[layer] = energies.view(sizes.at(layer).groups, -1).sum(dim=1).sqrt()
             elif reads == (Unit.HIDDEN,):
                 hidden += squares
         total, count = quantities["cosine"].tolist()

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from parallel.collectives import shard_range
 from parallel.gradients import WeightGradients
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from parallel.layerwise import layerwise
 from parallel.mesh import Axis
 from parallel.plan import UnsupportedModel, parallelize
 from parallel.probes import LogitsTransform, logits_transform, probe_logits, probe_passthrough
@@ -85,9 +86,12 @@ def build_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the unmodified causal LM of `config` on the meta device."""
+    """Return the causal LM of `config` on the meta device: the family's own, or `layerwise` where its layers differ."""
+    config = build_config(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(build_config(config))
+        if config.is_heterogeneous:
+            return layerwise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 class StageModel(nn.Module):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from parallel.layerwise import layerwise
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "glm4", "gemma2", "phi3", "olmo2", "starcoder2", "granite")
 
@@ -41,8 +49,14 @@ def tiny_config(family: str, **overrides: object) -> PretrainedConfig:
 def tiny_model(
     config: PretrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """Return an unmodified transformers model in eval mode whose weights are all random, norms and biases too."""
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    """Return an unmodified transformers model in eval mode whose weights are all random, norms and biases too.
+
+    Where layers differ in width it is transformers' with each layer built from its own config.
+    """
+    if config.is_heterogeneous:
+        model = layerwise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config).to(dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

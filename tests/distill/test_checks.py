@@ -100,6 +100,7 @@ def hf_config(**changes: Any) -> SimpleNamespace:
     values = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 100}
     config = SimpleNamespace(**{**values, "max_position_embeddings": 1024, **changes})
     config.get_text_config = lambda: config
+    config.per_layer_config = [config]
     return config
 
 
@@ -135,6 +136,15 @@ def test_models_that_do_not_fit(mesh: dict[str, int], teacher: Any, student: Any
     with pytest.raises(ConfigError) as caught:
         check_models(config, hf_config(**teacher), hf_config(**student))
     assert str(caught.value).startswith(words)
+
+
+def test_every_layers_heads_are_looked_at() -> None:
+    student = hf_config()
+    student.per_layer_config = [hf_config(), hf_config(num_attention_heads=12, num_key_value_heads=3)]
+    with pytest.raises(
+        ConfigError, match=r"mesh.tp=2 does not divide num_key_value_heads=3 of the student; use 1"
+    ):
+        check_models(config_from_dict({**BASE, "mesh": {"tp": 2}}), hf_config(), student)
 
 
 def test_models_that_fit() -> None:

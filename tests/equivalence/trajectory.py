@@ -36,6 +36,14 @@ STUDENTS = {
     "untied": tiny_config("llama", tie_word_embeddings=False),
     "tied": tiny_config("qwen3", tie_word_embeddings=True),
     "deep": tiny_config("qwen3", tie_word_embeddings=True, num_hidden_layers=8),
+    "uneven": tiny_config(
+        "qwen3",
+        tie_word_embeddings=True,
+        per_layer_config={
+            1: {"intermediate_size": 24},
+            2: {"intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
+        },
+    ),
 }
 COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, teacher_slice=0.5, latency=0.2, step=1.0)
 """What plans with look-ahead are made from; no costs change what is computed."""
