@@ -26,6 +26,7 @@ _POSITIVE = (
     "student.prune.num_attention_heads",
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
+    "student.prune.candidates",
     "loss.temperature",
     "mesh.pp",
     "mesh.tp",
@@ -215,6 +216,8 @@ def _check_values(flat: dict[str, Any]) -> None:
 def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
     _check_virtual_stages(flat)
+    if flat["student.prune.target_params"] is not None:
+        budget_of(flat["student.prune.target_params"], 10**12)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -236,6 +239,30 @@ def _check_related(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
         )
+
+
+def budget_of(target: float | str, whole: int) -> int:
+    """Return `student.prune.target_params` as a number of parameters.
+
+    Args:
+        target: a number, or text like `70M`, `0.5B`, `50%`.
+        whole: parameters of the teacher.
+    Raises:
+        ConfigError: the text is none of these, or the number is not positive.
+    """
+    units = {"%": whole / 100, "K": 1e3, "M": 1e6, "B": 1e9}
+    text = str(target).strip()
+    unit = units.get(text[-1:].upper(), 1.0)
+    try:
+        number = float(text if unit == 1.0 else text[:-1])
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or (text.endswith("%") and number >= 100) or number * unit < 1:
+        raise ConfigError(
+            f"student.prune.target_params={target} must be a number of parameters like 70M or 0.5B, or a share of the "
+            "teacher's like 50%"
+        )
+    return int(number * unit)
 
 
 def _check_virtual_stages(flat: dict[str, Any]) -> None:

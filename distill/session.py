@@ -12,10 +12,19 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from distill.candidates import JUDGED_ROWS
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import evaluate, num_parameters
-from distill.loading import Corpus, Models, find_models, load_corpus, load_student, load_teacher
+from distill.loading import (
+    Corpus,
+    Models,
+    find_models,
+    load_corpus,
+    load_student,
+    load_teacher,
+    with_pruned_student,
+)
 from distill.planning import Planner
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
@@ -63,7 +72,14 @@ def open_session(config: Config, mesh: Mesh) -> Session:
         dp_size=mesh.dp.size,
     )
     teacher = load_teacher(config, mesh, models)
-    prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_pruning else 0.0
+    prune_s = 0.0
+    if models.needs_pruning:
+        prune_s = prune_for(config, mesh, models, corpus, teacher)
+        planned, models = models.split, with_pruned_student(config, models)
+        if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
+            # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
+            del teacher
+            teacher = load_teacher(config, mesh, models)
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     return Session(
@@ -139,6 +155,7 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
         teacher_folder=models.teacher_folder,
         links=_forward_links(config, mesh, models, (), teacher),
         microbatches=corpus.calibration(config, mesh),
+        judging=corpus.judging(config, mesh, most=JUDGED_ROWS),
         target=models.student_folder,
     )
 

@@ -73,14 +73,14 @@ def resolve_shape(config: PretrainedConfig, prune: Prune, *, tp: int) -> Shape:
         ConfigError: a target is out of range, cannot be met, or would round to the teacher's own size.
     """
     sizes = Sizes.of(config)
-    layers = _resolve_layers(prune, sizes.layers)
+    layers = resolve_layers(prune, sizes.layers)
     if prune.per_layer:
         sizes = _mean(sizes)
-    groups = _resolve_groups(config, sizes, prune, tp)
-    steps = Steps(ffn=_widths(sizes.ffn, tp)[0].step, groups=tp, min_channels=prune.min_channels)
+    groups = resolve_groups(config, sizes, prune, tp)
+    steps = Steps(ffn=widths(sizes.ffn, tp)[0].step, groups=tp, min_channels=prune.min_channels)
     return Shape(
-        hidden_size=_resolve_hidden(config, sizes, prune, tp, groups),
-        intermediate_size=_resolve_ffn(sizes, prune, tp),
+        hidden_size=resolve_hidden(config, sizes, prune, tp, groups),
+        intermediate_size=resolve_ffn(sizes, prune, tp),
         num_attention_heads=groups * sizes.heads_per_group,
         num_key_value_heads=groups,
         num_layers=len(layers) if layers is not None else prune.num_layers or sizes.layers,
@@ -94,7 +94,7 @@ def _mean(sizes: Sizes) -> Sizes:
     if not sizes.by_layer:
         return sizes
     means = (round(sum(each) / sizes.layers) for each in zip(*sizes.by_layer, strict=True))
-    return sizes.with_widths([Widths(*means)] * sizes.layers)
+    return sizes.withwidths([Widths(*means)] * sizes.layers)
 
 
 def _nearest(
@@ -120,7 +120,7 @@ def _nearest(
     return best
 
 
-def _widths(full: int, tp: int) -> tuple[range, str]:
+def widths(full: int, tp: int) -> tuple[range, str]:
     """Return the widths below `full` that may be cut to, and the words for them."""
     multiple = math.lcm(_WIDTH_MULTIPLE, tp)
     if multiple >= full:
@@ -128,7 +128,8 @@ def _widths(full: int, tp: int) -> tuple[range, str]:
     return range(multiple, full, multiple), f"a multiple of {multiple} (mesh.tp={tp})"
 
 
-def _resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
+def resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
+    """Return the layers that the user names, None if it does not; arguments and errors as `resolve_shape`."""
     if prune.layers is not None:
         layers = tuple(prune.layers)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
@@ -148,7 +149,8 @@ def _resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
     return None
 
 
-def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int) -> int:
+def resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int) -> int:
+    """Return the number of query groups that the keys ask for; arguments and errors as `resolve_shape`."""
     heads, groups, share = prune.num_attention_heads, prune.num_key_value_heads, sizes.heads_per_group
     if heads is None and groups is None:
         return sizes.groups
@@ -180,10 +182,11 @@ def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: in
     )
 
 
-def _resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int, groups: int) -> int:
+def resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int, groups: int) -> int:
+    """Return the residual width that the keys ask for with `groups` query groups; else as `resolve_shape`."""
     if prune.hidden_size is None:
         return sizes.hidden
-    candidates, why = _widths(sizes.hidden, tp)
+    candidates, why = widths(sizes.hidden, tp)
     why += f" taken by {type(config).__name__} with {groups * sizes.heads_per_group} query heads"
     what = f"student.prune.hidden_size={prune.hidden_size}"
     hidden = _nearest(
@@ -199,7 +202,8 @@ def _resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: in
     return hidden
 
 
-def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
+def resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
+    """Return the feed-forward width that the keys ask for; arguments and errors as `resolve_shape`."""
     targets = (
         prune.num_layers,
         prune.layers,
@@ -207,7 +211,7 @@ def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
         prune.num_attention_heads,
         prune.num_key_value_heads,
     )
-    candidates, why = _widths(sizes.ffn, tp)
+    candidates, why = widths(sizes.ffn, tp)
     if prune.intermediate_size is not None:
         target: float = prune.intermediate_size
         what = f"student.prune.intermediate_size={target}"

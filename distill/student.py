@@ -9,14 +9,15 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from distill.candidates import best_shape
 from distill.checks import not_finite
 from distill.config import Config
 from distill.data import IGNORE, MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
+from distill.loading import shapes_of
 from distill.prune import choose, prune_checkpoint
 from distill.scores import Scores
-from distill.shape import resolve_shape
 from distill.structure import Sizes
 from parallel.collectives import barrier, broadcast_object
 from parallel.mesh import Mesh
@@ -62,22 +63,27 @@ def prune_teacher(
     teacher_folder: Path,
     links: Links,
     microbatches: Sequence[MicroBatch],
+    judging: Sequence[MicroBatch] = (),
     target: Path,
 ) -> float:
     """Write the pruned student to `target`, with the scores and kept indices; a folder that is there is kept.
 
+    Args:
+        links: channels for K.
+        microbatches: this replica's calibration text.
+        judging: this replica's held-out text, for choosing among the shapes of a budget.
     Returns:
         Seconds it took (0 for a folder that was there).
     Raises:
         ConfigError: the shape asked for cannot be had.
-    Collectives: a broadcast over the world, those of `score_teacher`, a barrier over the world.
+    Collectives: a broadcast over the world, those of `score_teacher` and of `best_shape`, a barrier over the world.
     """
     start_s = time.perf_counter()
     # Rank 0 looks for all: what the others see of a shared folder may lag behind.
     if broadcast_object(target.exists() if mesh.world.is_first else None, mesh.world):
         return 0.0
     prune = config.student.prune
-    shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
+    candidates = shapes_of(config, teacher_config)
     if mesh.world.is_first:
         text = "" if prune.method == "l1" else f" on {prune.calibration_rows} rows of text"
         print(f"scoring {config.teacher.model}{text}, to cut the student out of it ...", flush=True)
@@ -85,6 +91,20 @@ def prune_teacher(
         scores = score_teacher(teacher, mesh, links, microbatches, method=prune.method)
     except ValueError as error:
         raise not_finite(config, "teacher.model", str(error)) from error
+    shape = candidates[0].shape
+    if len(candidates) > 1:
+        if mesh.world.is_first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        shape = best_shape(
+            config,
+            mesh,
+            candidates,
+            scores,
+            teacher_config=teacher_config,
+            teacher_folder=teacher_folder,
+            judging=judging,
+            folder=target.parent,
+        )
     if mesh.world.is_first:
         kept = choose(scores, teacher_config, shape)
         target.parent.mkdir(parents=True, exist_ok=True)

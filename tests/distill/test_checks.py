@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.checks import check_config, check_models
+from distill.checks import budget_of, check_config, check_models
 from distill.config import Config, ConfigError
 from distill.convert import config_from_dict
 
@@ -153,3 +153,18 @@ def test_models_that_fit() -> None:
     no_positions = hf_config()
     del no_positions.max_position_embeddings, no_positions.num_key_value_heads
     check_models(config, no_positions, hf_config())
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(7e7, 70_000_000), ("0.5B", 500_000_000), ("50%", 100), (9, 9)]
+)
+def test_a_budget_is_a_number_or_a_share(target: object, expected: int) -> None:
+    assert budget_of(target, 200) == expected
+
+
+@pytest.mark.parametrize("target", ["many", "100%", -3, "0M", "nan"])
+def test_a_budget_that_is_none_is_refused(target: object) -> None:
+    with pytest.raises(
+        ConfigError, match=f"student.prune.target_params={target} must be a number of parameters"
+    ):
+        budget_of(target, 200)
