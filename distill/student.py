@@ -92,7 +92,7 @@ def prune_teacher(
     except ValueError as error:
         raise not_finite(config, "teacher.model", str(error)) from error
     shape = candidates[0].shape
-    if len(candidates) > 1:
+    if prune.target_params is not None:
         if mesh.world.is_first:
             target.parent.mkdir(parents=True, exist_ok=True)
         shape = best_shape(

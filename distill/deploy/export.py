@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from distill.config import Config
-from distill.prune import KEPT_FOLDER, copy_companions
+from distill.prune import KEPT_FOLDER, copy_companions, write_modeling_code
 from parallel.collectives import barrier
 from parallel.mesh import Mesh
 from parallel.model import StageModel
@@ -52,6 +52,7 @@ def export_student(
         model_config.dtype = dtype
         model_config.save_pretrained(temporary)
         copy_companions(source, temporary)
+        write_modeling_code(temporary, stages[0].causal_lm)
         if (source / KEPT_FOLDER).is_dir():
             shutil.copytree(source / KEPT_FOLDER, temporary / KEPT_FOLDER)
         (temporary / "README.md").write_text(card, encoding="utf-8")
