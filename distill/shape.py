@@ -94,7 +94,7 @@ def _mean(sizes: Sizes) -> Sizes:
     if not sizes.by_layer:
         return sizes
     means = (round(sum(each) / sizes.layers) for each in zip(*sizes.by_layer, strict=True))
-    return sizes.withwidths([Widths(*means)] * sizes.layers)
+    return sizes.with_widths([Widths(*means)] * sizes.layers)
 
 
 def _nearest(
