@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.annealing import Stages, extremes
+from distill.budget import budget_of
 from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
@@ -29,6 +30,7 @@ _POSITIVE = (
     "student.prune.num_attention_heads",
     "student.prune.num_key_value_heads",
     "student.prune.calibration_rows",
+    "student.prune.candidates",
     "student.sparsity.steps",
     "student.low_rank.params",
     "loss.top_k",
@@ -200,6 +202,8 @@ def _check_related(flat: dict[str, Any]) -> None:
     _check_virtual_stages(flat)
     _check_sparsity(flat)
     _check_low_rank(flat)
+    if flat["student.prune.target_params"] is not None:
+        budget_of(flat["student.prune.target_params"], 10**12)
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):

@@ -49,6 +49,12 @@ class Prune:
     """Target number of key/value heads, whole query groups are cut; null keeps the teacher's."""
     layers: tuple[int, ...] | None = None
     """Indices of the teacher's layers to keep, in order; null lets `num_layers` choose."""
+    per_layer: bool = False
+    """Let each layer keep as many feed-forward channels and query groups as its scores say; targets are then means over the layers."""
+    target_params: int | float | str | None = None
+    """Most parameters of the student, as a number, `70M`, `0.5B`, or `50%` of the teacher's: searches the sizes that are left null."""
+    candidates: int = 6
+    """Shapes within `target_params` that are cut and judged on held-out text before one is taken."""
     calibration_rows: int = 32
     """Training rows of `data.seq_len` tokens over which activations, and losses without a layer, are measured."""
 

@@ -224,8 +224,8 @@ def random_scores(sizes: Sizes, seed: int) -> Scores:
     # Layers first, so that dropping them at random does not depend on what else is drawn.
     layers = dict(enumerate(draw(sizes.layers).tolist()))
     hidden = draw(sizes.hidden)
-    ffn = {layer: draw(sizes.ffn) for layer in layers}
-    groups = {layer: draw(sizes.groups) for layer in layers}
+    ffn = {layer: draw(sizes.at(layer).ffn) for layer in layers}
+    groups = {layer: draw(sizes.at(layer).groups) for layer in layers}
     return _rounded("random", ffn, groups, hidden, layers)
 
 
@@ -236,18 +236,19 @@ def _weight_scores(by_layer: dict[int, dict[str, Tensor]], measured: Measured) -
     hidden = torch.zeros(sizes.hidden, dtype=torch.float64)
     layers: dict[int, float] = {}
     for layer, quantities in by_layer.items():
-        ffn[layer] = torch.zeros(sizes.ffn, dtype=torch.float64)
-        groups[layer] = torch.zeros(sizes.groups, dtype=torch.float64)
+        own = sizes.at(layer)
+        ffn[layer] = torch.zeros(own.ffn, dtype=torch.float64)
+        groups[layer] = torch.zeros(own.groups, dtype=torch.float64)
         for quantity, values in quantities.items():
             module, _, dim = quantity.rpartition(".")
             parts = MATRICES[module][int(dim)]
-            for unit, part in zip(parts, values.split([sizes.width(unit) for unit in parts]), strict=True):
+            for unit, part in zip(parts, values.split([own.width(unit) for unit in parts]), strict=True):
                 if unit is Unit.FFN:
                     ffn[layer] += part
                 elif unit is Unit.HIDDEN:
                     hidden += part
                 else:
-                    groups[layer] += part.view(sizes.groups, -1).sum(dim=1)
+                    groups[layer] += part.view(own.groups, -1).sum(dim=1)
         layers[layer] = float(ffn[layer].sum() + groups[layer].sum()) ** root
     rooted = [{layer: sums.pow(root) for layer, sums in each.items()} for each in (ffn, groups)]
     return _rounded(measured.method, *rooted, hidden.pow(root), layers)
@@ -266,7 +267,7 @@ def _activation_scores(by_layer: dict[int, dict[str, Tensor]], measured: Measure
                 ffn[layer] = (squares * quantities[f"{quantity}.columns"]).sqrt()
             elif reads == (Unit.QUERY,):
                 energies = squares * quantities[f"{quantity}.columns"]
-                groups[layer] = energies.view(sizes.groups, -1).sum(dim=1).sqrt()
+                groups[layer] = energies.view(sizes.at(layer).groups, -1).sum(dim=1).sqrt()
             elif reads == (Unit.HIDDEN,):
                 hidden += squares
         if "cosine" in quantities:

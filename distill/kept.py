@@ -82,7 +82,7 @@ class Kept:
         layers = tuple(range(sizes.layers))
         return Kept(
             hidden=torch.arange(sizes.hidden),
-            ffn={layer: torch.arange(sizes.ffn) for layer in layers},
-            groups={layer: torch.arange(sizes.groups) for layer in layers},
+            ffn={layer: torch.arange(sizes.at(layer).ffn) for layer in layers},
+            groups={layer: torch.arange(sizes.at(layer).groups) for layer in layers},
             layers=layers,
         )

@@ -21,7 +21,8 @@ from distill.model_checks import check_models
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.ranks import find_targets
 from distill.rounds import Lineage, lineage_of
-from distill.shape import planned_config, resolve_shape
+from distill.search import Candidate, candidate_shapes
+from distill.shape import planned_config
 from distill.stream import Beginning, Stream
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
@@ -52,7 +53,7 @@ def first_rank_does(mesh: Mesh, work: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Models:
-    """Where the models are and what they look like, before weights are read."""
+    """Where the models are and what they look like."""
 
     teacher_folder: Path
     teacher_config: PretrainedConfig
@@ -65,6 +66,7 @@ class Models:
     """The student of the round before."""
     needs_cut: bool
     split: Split
+    """For a student that is still to be pruned: of the one planned; `with_pruned_student` follows the one that is cut."""
 
 
 def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> Models:
@@ -122,7 +124,7 @@ def checked_student(
     """Return the student's config, which both models and the settings fit.
 
     Args:
-        ready: of a student that is there; None plans the one that would be pruned.
+        ready: of a student that is there; None plans the one that would be pruned, the first candidate of a budget.
         origin_config: of the model that it would be pruned out of; None: the teacher.
     Raises:
         ConfigError: what does not fit, or a shape that cannot be had.
@@ -131,12 +133,32 @@ def checked_student(
     if student_config is None:
         origin_config = origin_config or teacher_config
         check_models(config, teacher_config, origin_config)
-        shape = resolve_shape(origin_config, config.student.prune, tp=config.mesh.tp)
-        student_config = planned_config(origin_config, shape)
+        student_config = planned_config(origin_config, shapes_of(config, origin_config)[0].shape)
     check_models(config, teacher_config, student_config)
     if config.student.low_rank.is_asked:
         find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
     return student_config
+
+
+def shapes_of(config: Config, teacher_config: PretrainedConfig) -> list[Candidate]:
+    """Return the shape that the settings ask for, or those that meet the budget they set.
+
+    Raises:
+        ConfigError: a shape or a budget that cannot be had.
+    """
+    stages = config.mesh.pp * config.pipeline.virtual_stages
+    return candidate_shapes(teacher_config, config.student.prune, tp=config.mesh.tp, fewest_layers=stages)
+
+
+def with_pruned_student(config: Config, models: Models) -> Models:
+    """Return the models split for the student as it was cut, which scores and an evaluation have shaped by now.
+
+    Raises:
+        ConfigError: as `find_models`.
+    """
+    student_config = load_config(models.student_folder, key="student.model")
+    check_models(config, models.teacher_config, student_config)
+    return replace(models, split=split_models(config, models.teacher_config, student_config))
 
 
 def load_stage(
@@ -178,6 +200,25 @@ def load_stage(
     except (UnsupportedModel, WeightsError) as error:
         raise ConfigError(f"{key}={folder}: {error}") from error
     return model
+
+
+def load_stages(
+    folder: Path,
+    model_config: PretrainedConfig,
+    config: Config,
+    mesh: Mesh,
+    *,
+    trainable: bool,
+    key: str,
+    layers: Sequence[range],
+) -> list[StageModel]:
+    """Load all stages of a model that are this rank's, in ascending order; arguments and errors as `load_stage`."""
+    return [
+        load_stage(
+            folder, model_config, config, mesh, trainable=trainable, key=key, layers=layers, stage=stage
+        )
+        for stage in range(mesh.pp.rank, len(layers), mesh.pp.size)
+    ]
 
 
 def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
@@ -229,20 +270,15 @@ def load_student(
     """
     student_config = load_config(models.student_folder, key="student.model")
     check_models(config, models.teacher_config, student_config)
-    layers = models.split.student
-    stages = [
-        load_stage(
-            models.student_folder,
-            student_config,
-            config,
-            mesh,
-            trainable=trainable,
-            key="student.model",
-            layers=layers,
-            stage=stage,
-        )
-        for stage in range(mesh.pp.rank, len(layers), mesh.pp.size)
-    ]
+    stages = load_stages(
+        models.student_folder,
+        student_config,
+        config,
+        mesh,
+        trainable=trainable,
+        key="student.model",
+        layers=models.split.student,
+    )
     return stages, student_config
 
 
@@ -259,9 +295,10 @@ class Corpus:
         """Return this replica's calibration micro-batches."""
         return self._sequence(self.calibrating, config.student.prune.calibration_rows, config, mesh)
 
-    def judging(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
-        """Return this replica's held-out micro-batches."""
-        return self._sequence(self.held_out, config.evaluate.rows, config, mesh)
+    def judging(self, config: Config, mesh: Mesh, *, most: int | None = None) -> list[MicroBatch]:
+        """Return this replica's held-out micro-batches, of `most` rows at most if it is given."""
+        rows = config.evaluate.rows if most is None else min(config.evaluate.rows, most)
+        return self._sequence(self.held_out, rows, config, mesh)
 
     @staticmethod
     def _sequence(rows: Rows | Beginning, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:

@@ -59,15 +59,17 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
 
 
 def _check_heads(tp: int, models: dict[str, Any]) -> None:
-    counts = {
-        (who, name): count
+    # Layers may differ in width, and their common config then refuses to tell one.
+    counts = [
+        (who, name, count)
         for who, model in models.items()
+        for layer in model.per_layer_config
         for name in ("num_attention_heads", "num_key_value_heads")
-        if (count := getattr(model, name, None))
-    }
-    common = math.gcd(*counts.values())
+        if (count := getattr(layer, name, None))
+    ]
+    common = math.gcd(*(count for _, _, count in counts))
     divisors = [size for size in range(1, common + 1) if common % size == 0]
-    for (who, name), count in counts.items():
+    for who, name, count in counts:
         if count % tp:
             raise ConfigError(
                 f"mesh.tp={tp} does not divide {name}={count} of the {who}; use {either(divisors)}"
@@ -76,6 +78,11 @@ def _check_heads(tp: int, models: dict[str, Any]) -> None:
 
 def _check_groups(tp: int, student: Any) -> None:
     """Check that the inputs of every linear come in whole groups of four, also where tp cuts them."""
+    for layer in student.per_layer_config:
+        _check_groups_of_layer(tp, layer)
+
+
+def _check_groups_of_layer(tp: int, student: Any) -> None:
     heads = student.num_attention_heads
     head_width = getattr(student, "head_dim", None) or student.hidden_size // heads
     cut = {"intermediate_size": student.intermediate_size, "query heads x head width": heads * head_width}

@@ -1,7 +1,8 @@
 """Cut a student out of a teacher: which units stay, and the student's Hugging Face folder.
 
 Decides by scores alone: within each layer the best feed-forward channels and query groups, over the model the best
-residual channels and layers; what stays keeps its order. Assumes a uniform shape (`distill.shape`). The checkpoint is
+residual channels and layers; what stays keeps its order. How many a layer keeps is the shape's (`distill.shape`), or,
+per layer, decided by ranking all layers together (`share_out`). The checkpoint is
 cut as a stream, one tensor in memory beside the shard being filled, and strictly: every tensor of the teacher is used
 or belongs to a dropped layer, every parameter of the student is written. The folder appears whole or not at all.
 
@@ -23,6 +24,7 @@ root mean square, which stands for that of all heads.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import shutil
@@ -36,11 +38,13 @@ from torch import Tensor
 
 from distill.atomic import build_once
 from distill.config import ConfigError
+from distill.cut_config import MODELING_CLASS, MODELING_FILE, student_config
 from distill.cut_files import stored_parameters, write_tensors
 from distill.kept import Kept
 from distill.scores import Scores
-from distill.shape import Shape, student_config
+from distill.shape import Shape
 from distill.structure import Layout, Sizes, Unit, cut, layout_of, student_name
+from parallel import layerwise as layerwise_module
 from parallel.model import build_meta_model
 
 if TYPE_CHECKING:
@@ -85,12 +89,51 @@ def choose(scores: Scores, config: PretrainedConfig, shape: Shape) -> Kept:
     if layers is None:
         influence = torch.tensor([scores.layers[layer] for layer in range(sizes.layers)], dtype=torch.float64)
         layers = tuple(_best(influence, shape.num_layers).tolist())
+    ffn = {layer: scores.ffn[layer] for layer in layers}
+    groups = {layer: scores.groups[layer] for layer in layers}
+    channels_of = dict.fromkeys(layers, shape.intermediate_size)
+    groups_of = dict.fromkeys(layers, shape.num_key_value_heads)
+    if shape.per_layer is not None:
+        steps = shape.per_layer
+        channels_of = share_out(ffn, shape.intermediate_size, step=steps.ffn, fewest=steps.min_channels)
+        groups_of = share_out(groups, shape.num_key_value_heads, step=steps.groups, fewest=1)
     return Kept(
         hidden=_best(scores.hidden, shape.hidden_size),
-        ffn={layer: _best(scores.ffn[layer], shape.intermediate_size) for layer in layers},
-        groups={layer: _best(scores.groups[layer], shape.num_key_value_heads) for layer in layers},
+        ffn={layer: _best(ffn[layer], channels_of[layer]) for layer in layers},
+        groups={layer: _best(groups[layer], groups_of[layer]) for layer in layers},
         layers=layers,
     )
+
+
+def share_out(scores: Mapping[int, Tensor], mean: int, *, step: int, fewest: int) -> dict[int, int]:
+    """Return how many units each layer keeps when all layers are ranked together.
+
+    Layers are made comparable by dividing a layer's scores by their mean: the residual stream grows with depth, and raw
+    scores would empty the early layers. What counts is then how unevenly a layer works: one that leans on a few
+    units keeps few, one whose units all matter alike keeps many. Units go in runs of `step` from the best down, and the
+    runs with the highest sums stay; of equal ones the earlier layer's.
+
+    Args:
+        scores: layer -> [units].
+        mean: units to keep in a layer on average; all of them stay where that is all there are.
+        step: what a layer keeps is a multiple of it (or all, if the layer has fewer).
+        fewest: units that a layer keeps at least, rounded up to a multiple.
+    """
+    widths = {layer: len(score) for layer, score in scores.items()}
+    if mean * len(scores) >= sum(widths.values()):
+        return widths
+    kept = {layer: min(-(-fewest // step) * step, widths[layer]) for layer in scores}
+    runs: list[tuple[float, int, int]] = []
+    for layer, score in scores.items():
+        ranked = score.double().sort(descending=True).values / score.double().mean().clamp_min(1e-300)
+        sums = ranked[: widths[layer] // step * step].view(-1, step).sum(dim=1).tolist()
+        runs += [(-value, layer, number) for number, value in enumerate(sums)]
+    left = mean * len(scores) - sum(kept.values())
+    for _, layer, number in sorted(runs):
+        if left >= step and (number + 1) * step > kept[layer]:
+            kept[layer] += step
+            left -= step
+    return kept
 
 
 @dataclass(frozen=True)
@@ -235,9 +278,23 @@ def write_student(
         write_tensors(folder, sizes_bytes, produce, max_shard_bytes=max_shard_bytes)
         config.save_pretrained(folder)
         copy_companions(companions, folder)
+        write_modeling_code(folder, model)
         _write_kept(folder / KEPT_FOLDER, kept, provenance)
 
     build_once(target, write)
+
+
+def write_modeling_code(folder: Path, model: PreTrainedModel) -> None:
+    """Write the code that builds a model whose layers differ in width; nothing for one that transformers builds itself."""
+    if not model.config.is_heterogeneous:
+        return
+    base = type(model).__name__
+    code = inspect.getsource(layerwise_module)
+    code += (
+        f"\n\nfrom transformers import {base}  # noqa: E402\n\n\nclass {MODELING_CLASS}(layerwise({base})):\n"
+    )
+    code += f'    """{base} whose layers follow `config.per_layer_config`."""\n'
+    (folder / MODELING_FILE).write_text(code, encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:

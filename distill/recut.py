@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from distill.cut_config import student_config
 from distill.cut_files import Stored, stored_parameters
 from distill.kept import Kept
 from distill.prune import Rescale, refuse_existing, rescale_of, write_student
-from distill.shape import student_config
 from distill.structure import (
     Layout,
     Sizes,

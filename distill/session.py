@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from distill.balance import split_models
+from distill.candidates import JUDGED_ROWS
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import num_parameters
@@ -27,6 +28,7 @@ from distill.loading import (
     load_origin,
     load_student,
     load_teacher,
+    with_pruned_student,
 )
 from distill.lowrank import factorise_student
 from distill.planning import Planner
@@ -96,7 +98,14 @@ def open_session(
         dp_size=mesh.dp.size,
     )
     teacher = load_teacher(config, mesh, models)
-    prune_s = prune_for(config, mesh, models, corpus, teacher) if models.needs_cut else 0.0
+    prune_s = 0.0
+    if models.needs_cut:
+        prune_s = prune_for(config, mesh, models, corpus, teacher)
+        planned, models = models.split, with_pruned_student(config, models)
+        if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
+            # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
+            del teacher
+            teacher = load_teacher(config, mesh, models)
     if config.student.low_rank.is_asked:
         models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
         prune_s += low_rank_s
@@ -198,6 +207,7 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
             teacher_folder=models.origin_folder,
             links=links,
             microbatches=corpus.calibration(config, mesh),
+            judging=corpus.judging(config, mesh, most=JUDGED_ROWS),
             target=models.student_folder,
             previous=models.previous_folder,
         )

@@ -6,7 +6,8 @@ back and files grow) and of tp; heads go in whole query groups, a multiple of tp
 accepts the result (Llama's and Gemma 2's refuse a hidden size that is not a multiple of the heads, even with head_dim
 set). A target of the teacher's own size cuts nothing and is taken as it is; a target that would only round to it is an
 error. Widths of 32 and less, as in tests, go by multiples of 8 instead. The head width is never changed, because rotary
-positions live in it; families without a head_dim key get one when hidden size / heads no longer says it.
+positions live in it. With `per_layer` the targets are means over the layers: each layer's own width is a multiple of the
+same numbers, and which layers get more is the scores' choice (`distill.prune`).
 
 Works on configs alone, reads no weights, and knows nothing of importance.
 """
@@ -16,26 +17,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from distill.config import ConfigError, Prune
+from distill.cut_config import accepts, student_config
 from distill.kept import Kept
-from distill.structure import Sizes, cut_shape, layout_of, student_name
-from parallel.model import build_meta_model
+from distill.structure import Sizes, Widths
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 _WIDTH_MULTIPLE = 32
 _SMALL_WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What the widths of single layers are multiples of, and how far a layer may go down."""
+
+    ffn: int
+    groups: int
+    min_channels: int
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Sizes of a uniform student, under the names of the config keys."""
+    """Sizes of a student, under the names of the config keys; a layer of the teacher that is narrower stays as it is."""
 
     hidden_size: int
     intermediate_size: int
@@ -44,6 +53,8 @@ class Shape:
     num_layers: int
     layers: tuple[int, ...] | None
     """The teacher's layers to keep, where they are named; None leaves the choice to their scores."""
+    per_layer: Steps | None = None
+    """Set where layers get widths of their own: feed-forward width and heads are then means over the layers."""
 
 
 def resolve_shape(config: PretrainedConfig, prune: Prune, *, tp: int) -> Shape:
@@ -62,16 +73,28 @@ def resolve_shape(config: PretrainedConfig, prune: Prune, *, tp: int) -> Shape:
         ConfigError: a target is out of range, cannot be met, or would round to the teacher's own size.
     """
     sizes = Sizes.of(config)
-    layers = _resolve_layers(prune, sizes.layers)
-    groups = _resolve_groups(config, sizes, prune, tp)
+    layers = resolve_layers(prune, sizes.layers)
+    if prune.per_layer:
+        sizes = _mean(sizes)
+    groups = resolve_groups(config, sizes, prune, tp)
+    steps = Steps(ffn=widths(sizes.ffn, tp)[0].step, groups=tp, min_channels=prune.min_channels)
     return Shape(
-        hidden_size=_resolve_hidden(config, sizes, prune, tp, groups),
-        intermediate_size=_resolve_ffn(sizes, prune, tp),
+        hidden_size=resolve_hidden(config, sizes, prune, tp, groups),
+        intermediate_size=resolve_ffn(sizes, prune, tp),
         num_attention_heads=groups * sizes.heads_per_group,
         num_key_value_heads=groups,
         num_layers=len(layers) if layers is not None else prune.num_layers or sizes.layers,
         layers=layers,
+        per_layer=steps if prune.per_layer else None,
     )
+
+
+def _mean(sizes: Sizes) -> Sizes:
+    """Return the sizes of a decoder whose layers all have the mean width."""
+    if not sizes.by_layer:
+        return sizes
+    means = (round(sum(each) / sizes.layers) for each in zip(*sizes.by_layer, strict=True))
+    return sizes.with_widths([Widths(*means)] * sizes.layers)
 
 
 def _nearest(
@@ -97,7 +120,7 @@ def _nearest(
     return best
 
 
-def _widths(full: int, tp: int) -> tuple[range, str]:
+def widths(full: int, tp: int) -> tuple[range, str]:
     """Return the widths below `full` that may be cut to, and the words for them."""
     multiple = math.lcm(_WIDTH_MULTIPLE, tp)
     if multiple >= full:
@@ -105,7 +128,8 @@ def _widths(full: int, tp: int) -> tuple[range, str]:
     return range(multiple, full, multiple), f"a multiple of {multiple} (mesh.tp={tp})"
 
 
-def _resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
+def resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
+    """Return the layers that the user names, None if it does not; arguments and errors as `resolve_shape`."""
     if prune.layers is not None:
         layers = tuple(prune.layers)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
@@ -125,7 +149,8 @@ def _resolve_layers(prune: Prune, num_layers: int) -> tuple[int, ...] | None:
     return None
 
 
-def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int) -> int:
+def resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int) -> int:
+    """Return the number of query groups that the keys ask for; arguments and errors as `resolve_shape`."""
     heads, groups, share = prune.num_attention_heads, prune.num_key_value_heads, sizes.heads_per_group
     if heads is None and groups is None:
         return sizes.groups
@@ -142,7 +167,7 @@ def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: in
 
     def fits(size: int) -> bool:
         # A hidden size that is a target itself is fitted to the heads afterwards.
-        return prune.hidden_size is not None or _accepts(config, sizes, sizes.hidden, size // unit)
+        return prune.hidden_size is not None or accepts(config, sizes, sizes.hidden, size // unit)
 
     why = f"whole groups of {share} query heads, a multiple of mesh.tp={tp} of them"
     why += (
@@ -157,10 +182,11 @@ def _resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: in
     )
 
 
-def _resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int, groups: int) -> int:
+def resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int, groups: int) -> int:
+    """Return the residual width that the keys ask for with `groups` query groups; else as `resolve_shape`."""
     if prune.hidden_size is None:
         return sizes.hidden
-    candidates, why = _widths(sizes.hidden, tp)
+    candidates, why = widths(sizes.hidden, tp)
     why += f" taken by {type(config).__name__} with {groups * sizes.heads_per_group} query heads"
     what = f"student.prune.hidden_size={prune.hidden_size}"
     hidden = _nearest(
@@ -169,14 +195,15 @@ def _resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: in
         sizes.hidden,
         candidates,
         why,
-        lambda size: _accepts(config, sizes, size, groups),
+        lambda size: accepts(config, sizes, size, groups),
     )
-    if not _accepts(config, sizes, hidden, groups):
+    if not accepts(config, sizes, hidden, groups):
         raise ConfigError(f"{what} is not {why}")
     return hidden
 
 
-def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
+def resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
+    """Return the feed-forward width that the keys ask for; arguments and errors as `resolve_shape`."""
     targets = (
         prune.num_layers,
         prune.layers,
@@ -184,7 +211,7 @@ def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
         prune.num_attention_heads,
         prune.num_key_value_heads,
     )
-    candidates, why = _widths(sizes.ffn, tp)
+    candidates, why = widths(sizes.ffn, tp)
     if prune.intermediate_size is not None:
         target: float = prune.intermediate_size
         what = f"student.prune.intermediate_size={target}"
@@ -199,99 +226,21 @@ def _resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
     return _nearest(what, target, sizes.ffn, candidates, why, lambda size: size >= prune.min_channels)
 
 
-def _resized(config: PretrainedConfig, sizes: Sizes, **changes: Any) -> PretrainedConfig:
-    """Return a config with other sizes and the teacher's head width. Raises what the config class raises."""
-    values = config.to_dict() | changes
-    derived = values["hidden_size"] // values["num_attention_heads"]
-    if "head_dim" in values or derived != sizes.head_width:
-        values["head_dim"] = sizes.head_width
-    return type(config).from_dict(values)
-
-
-def _accepts(config: PretrainedConfig, sizes: Sizes, hidden: int, groups: int) -> bool:
-    """Return whether the family's config class takes this hidden size with this many query groups."""
-    heads = {"num_attention_heads": groups * sizes.heads_per_group, "num_key_value_heads": groups}
-    try:
-        _resized(config, sizes, hidden_size=hidden, **heads)
-    except (StrictDataclassError, ValueError):
-        return False
-    return True
-
-
-def _cut_layer_lists(values: dict[str, Any], layers: tuple[int, ...], num_layers: int) -> dict[str, Any]:
-    """Return the config entries that list something for each layer, cut to the layers kept."""
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if "layer" not in key or not isinstance(value, list) or not value:
-            continue
-        if len(value) != num_layers:
-            raise ConfigError(
-                f"student.prune: cannot cut layers, the teacher's config.{key} does not list {num_layers}"
-            )
-        changes[key] = [value[layer] for layer in layers]
-    if values.get("max_window_layers") is not None:
-        changes["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in layers)
-    return changes
-
-
-def student_config(config: PretrainedConfig, kept: Kept) -> PretrainedConfig:
-    """Return the config of the student that keeps `kept`, checked against the shapes of all parameters.
-
-    Args:
-        config: the teacher's.
-        kept: a uniform cut of it.
-    Raises:
-        ConfigError: the family's config class refuses the sizes, or its model does not have the shapes of the cut.
-    """
-    sizes = Sizes.of(config)
-    after = sizes.after(kept)
-    values = config.to_dict()
-    changes: dict[str, Any] = {
-        "hidden_size": after.hidden,
-        "intermediate_size": after.ffn,
-        "num_attention_heads": after.heads,
-        "num_key_value_heads": after.groups,
-        "num_hidden_layers": after.layers,
-    }
-    if after.layers < sizes.layers:
-        changes |= _cut_layer_lists(values, kept.layers, sizes.layers)
-    try:
-        student = _resized(config, sizes, **changes)
-    except (StrictDataclassError, ValueError) as error:
-        raise ConfigError(
-            f"student.prune: {type(config).__name__} refuses the student: {error.__cause__ or error}"
-        ) from error
-    _check_parameters(build_meta_model(config), build_meta_model(student), sizes, kept)
-    return student
-
-
 def planned_config(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:
     """Return the config of a student of this shape before it is known which units it keeps.
+
+    Layers that are to have widths of their own have the mean one.
 
     Raises:
         ConfigError: as `student_config`.
     """
     # Which units does not matter for sizes; these are as good as any.
     layers = shape.layers or tuple(range(shape.num_layers))
+    own = {layer: Sizes.of(config).at(layer) for layer in layers}
     kept = Kept(
         hidden=torch.arange(shape.hidden_size),
-        ffn={layer: torch.arange(shape.intermediate_size) for layer in layers},
-        groups={layer: torch.arange(shape.num_key_value_heads) for layer in layers},
+        ffn={layer: torch.arange(min(shape.intermediate_size, own[layer].ffn)) for layer in layers},
+        groups={layer: torch.arange(min(shape.num_key_value_heads, own[layer].groups)) for layer in layers},
         layers=layers,
     )
     return student_config(config, kept)
-
-
-def _check_parameters(teacher: PreTrainedModel, student: PreTrainedModel, sizes: Sizes, kept: Kept) -> None:
-    expected = {
-        new_name: cut_shape(layout_of(name, tuple(parameter.shape), sizes), sizes, kept)
-        for name, parameter in teacher.named_parameters()
-        if (new_name := student_name(name, kept)) is not None
-    }
-    actual = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise ConfigError(
-                f"student.prune: the student's {name} is {expected.get(name)} after the cut, "
-                f"but {type(student).__name__} has {actual.get(name)}"
-            )

@@ -14,9 +14,10 @@ Legend: D residual width, M feed-forward width, N query heads, G key/value heads
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,40 +87,63 @@ _IN_LAYER = re.compile(
 )
 
 
+class Widths(NamedTuple):
+    """What may differ from layer to layer."""
+
+    ffn: int
+    groups: int
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of a decoder that structured cuts change, and those that tell its dims apart."""
 
     hidden: int
     ffn: int
+    """Of the widest layer, as are heads and groups."""
     heads: int
     groups: int
     head_width: int
     vocabulary: int
     layers: int
+    by_layer: tuple[Widths, ...] = ()
+    """Widths of each layer; empty where all layers are alike."""
 
     @staticmethod
     def of(config: PretrainedConfig) -> Sizes:
-        """Read the sizes from a transformers config.
+        """Read the sizes from a transformers config, whose layers may differ (`per_layer_config`).
 
         Raises:
-            ConfigError: the config lacks one of them, or its layers differ in width or are factored.
+            ConfigError: the config lacks one of them, or its layers differ in more than widths or are factored.
         """
-        if getattr(config, "is_heterogeneous", False):
-            raise ConfigError(
-                f"student.prune: {config.model_type} with per_layer_config cannot be pruned yet"
-            )
         if ranks_of(config):
             raise ConfigError(
                 f"student.prune: a {config.model_type} with factored linears cannot be pruned; use one that was exported "
                 "with export.low_rank=merged"
             )
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
-        missing = [name for name in names if not isinstance(getattr(config, name, None), int)]
+        first, *others = config.per_layer_config if getattr(config, "num_hidden_layers", None) else [config]
+        missing = [name for name in names if not isinstance(getattr(first, name, None), int)]
         if missing:
             raise ConfigError(
                 f"student.prune: the config of {config.model_type} has no whole number {missing[0]}"
             )
+        if not config.is_heterogeneous:
+            others = []
+        layers = [Sizes._of_layer(each) for each in (first, *others)]
+        if any(getattr(each, "skip", None) for each in (first, *others)):
+            raise ConfigError(f"student.prune: {config.model_type} whose layers skip parts cannot be pruned")
+        if len({(each.hidden, each.heads_per_group, each.head_width) for each in layers}) > 1:
+            raise ConfigError(
+                f"student.prune: {config.model_type} whose layers differ in residual width, head width or query heads "
+                "to a key/value head cannot be pruned"
+            )
+        if not others:
+            return layers[0]
+        return layers[0].with_widths([Widths(each.ffn, each.groups) for each in layers])
+
+    @staticmethod
+    def _of_layer(config: PretrainedConfig) -> Sizes:
         heads = config.num_attention_heads
         return Sizes(
             hidden=config.hidden_size,
@@ -136,6 +160,24 @@ class Sizes:
         """Query heads that share one key/value head."""
         return self.heads // self.groups
 
+    def with_widths(self, widths: Sequence[Widths]) -> Sizes:
+        """Return the sizes of a decoder with as many layers as `widths` has entries."""
+        groups = max(each.groups for each in widths)
+        return replace(
+            self,
+            ffn=max(each.ffn for each in widths),
+            heads=groups * self.heads_per_group,
+            groups=groups,
+            layers=len(widths),
+            by_layer=tuple(widths) if len(set(widths)) > 1 else (),
+        )
+
+    def at(self, layer: int | None) -> Sizes:
+        """Return the sizes as one layer has them; None stands for what lies outside the layers."""
+        if layer is None or not self.by_layer:
+            return self
+        return replace(self.with_widths([self.by_layer[layer]]), layers=self.layers)
+
     def width(self, unit: Unit) -> int:
         """Return how many entries of a dim a part of this unit takes."""
         return {
@@ -148,20 +190,9 @@ class Sizes:
         }[unit]
 
     def after(self, kept: Kept) -> Sizes:
-        """Return the sizes of the uniform student that `kept` describes."""
-        first = kept.layers[0]
-        for by_layer in (kept.ffn, kept.groups):
-            counts = {layer: len(by_layer[layer]) for layer in kept.layers}
-            assert len(set(counts.values())) == 1, f"layers of different widths: {counts}"
-        heads = len(kept.groups[first]) * self.heads_per_group
-        return replace(
-            self,
-            hidden=len(kept.hidden),
-            ffn=len(kept.ffn[first]),
-            heads=heads,
-            groups=len(kept.groups[first]),
-            layers=len(kept.layers),
-        )
+        """Return the sizes of the student that `kept` describes."""
+        widths = [Widths(len(kept.ffn[layer]), len(kept.groups[layer])) for layer in kept.layers]
+        return replace(self.with_widths(widths), hidden=len(kept.hidden))
 
 
 @dataclass(frozen=True)
@@ -192,7 +223,7 @@ def layout_of(name: str, shape: tuple[int, ...], sizes: Sizes) -> Layout:
             raise ConfigError(
                 f"student.prune: parameter {name} of the teacher, whose config says {sizes.layers} layers"
             )
-        matrices, vectors = MATRICES, _VECTORS
+        matrices, vectors, sizes = MATRICES, _VECTORS, sizes.at(layer)
     else:
         path, _, leaf = name.rpartition(".")
         layer, module = None, path.removeprefix("model.")
@@ -240,6 +271,7 @@ def kept_entries(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor:
         layout: of a parameter in a layer that is kept, or outside the layers.
         sizes: the teacher's.
     """
+    sizes = sizes.at(layout.layer)
     pieces: list[Tensor] = []
     offset = 0
     for unit in layout.dims[dim]:
@@ -251,7 +283,7 @@ def kept_entries(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor:
 def kept_indices(layout: Layout, dim: int, sizes: Sizes, kept: Kept) -> Tensor | None:
     """Return `kept_entries`, or None when all entries of the dim stay."""
     indices = kept_entries(layout, dim, sizes, kept)
-    return None if len(indices) == sum(map(sizes.width, layout.dims[dim])) else indices
+    return None if len(indices) == sum(map(sizes.at(layout.layer).width, layout.dims[dim])) else indices
 
 
 def cut(tensor: Tensor, layout: Layout, sizes: Sizes, kept: Kept) -> Tensor:
@@ -271,7 +303,7 @@ def cut(tensor: Tensor, layout: Layout, sizes: Sizes, kept: Kept) -> Tensor:
 
 def cut_shape(layout: Layout, sizes: Sizes, kept: Kept) -> tuple[int, ...]:
     """Return the student's shape of a parameter; `sizes` are the teacher's."""
-    after = sizes.after(kept)
+    after = sizes.after(kept).at(None if layout.layer is None else kept.layers.index(layout.layer))
     return tuple(sum(map(after.width, parts)) for parts in layout.dims)
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from distill.candidates import best_shape
 from distill.config import Config
 from distill.data import MicroBatch
+from distill.loading import shapes_of
 from distill.model_checks import not_finite
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
 from distill.scoring import cached_scores
-from distill.shape import resolve_shape
 from parallel.collectives import barrier, broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel
@@ -33,6 +34,7 @@ def prune_teacher(
     teacher_folder: Path,
     links: Links,
     microbatches: Sequence[MicroBatch],
+    judging: Sequence[MicroBatch] = (),
     target: Path,
     previous: Path | None = None,
 ) -> float:
@@ -40,19 +42,22 @@ def prune_teacher(
 
     Args:
         teacher: this rank's stage of the model whose units are scored and kept.
+        links: channels for K.
+        microbatches: this replica's calibration text.
+        judging: this replica's held-out text, for choosing among the shapes of a budget.
         previous: a trained student of it, whose weights the new one takes as far as it has them.
     Returns:
         Seconds it took (0 for a folder that was there).
     Raises:
         ConfigError: the shape asked for cannot be had.
-    Collectives: a broadcast over the world, those of `cached_scores`, a barrier over the world.
+    Collectives: a broadcast over the world, those of `cached_scores` and of `best_shape`, a barrier over the world.
     """
     start_s = time.perf_counter()
     # Rank 0 looks for all: what the others see of a shared folder may lag behind.
     if broadcast_object(target.exists() if mesh.world.is_first else None, mesh.world):
         return 0.0
     prune = config.student.prune
-    shape = resolve_shape(teacher_config, prune, tp=mesh.tp.size)
+    candidates = shapes_of(config, teacher_config)
     try:
         scores, depends = cached_scores(
             config,
@@ -64,6 +69,20 @@ def prune_teacher(
         )
     except ValueError as error:
         raise not_finite(config, "teacher.model", str(error)) from error
+    shape = candidates[0].shape
+    if prune.target_params is not None:
+        if mesh.world.is_first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        shape = best_shape(
+            config,
+            mesh,
+            candidates,
+            scores,
+            teacher_config=teacher_config,
+            teacher_folder=teacher_folder,
+            judging=judging,
+            folder=target.parent,
+        )
     if mesh.world.is_first:
         kept = choose(scores, teacher_config, shape)
         target.parent.mkdir(parents=True, exist_ok=True)

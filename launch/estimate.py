@@ -196,6 +196,12 @@ def _notes(config: Config, options: Options, device: torch.device, profiles: Seq
         "activations come on top, and whether they fit is not checked."
     )
     notes = [measured, memory]
+    prune = config.student.prune
+    if config.student.model is None and prune.target_params is not None:
+        notes.append(
+            f"The student is the first shape that meets student.prune.target_params={prune.target_params}; a run judges "
+            f"up to {prune.candidates} and may take another."
+        )
     if options.costs:
         notes.append(
             f"Of the costs these were given: {', '.join(f'plan.costs.{name}' for name in options.costs)}."

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from parallel.collectives import shard_range
 from parallel.factored import factorise_linears, ranks_of
 from parallel.gradients import WeightGradients
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from parallel.layerwise import layerwise
 from parallel.mesh import Axis
 from parallel.plan import UnsupportedModel, parallelize
 from parallel.probes import LogitsTransform, logits_transform, probe_logits, probe_passthrough
@@ -88,13 +89,19 @@ def build_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal LM of `config` on the meta device, unmodified but for the linears that the config factors.
+    """Return the causal LM of `config` on the meta device: the family's own, or `layerwise` where its layers differ.
+
+    Linears that the config factors are in two.
 
     Raises:
         UnsupportedModel: factors of something that is no linear.
     """
+    built = build_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build_config(config))
+        if built.is_heterogeneous:
+            model = layerwise(MODEL_FOR_CAUSAL_LM_MAPPING[type(built)])._from_config(built)
+        else:
+            model = AutoModelForCausalLM.from_config(built)
     try:
         factorise_linears(model, ranks_of(config))
     except ValueError as error:

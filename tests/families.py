@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from parallel.factored import CONFIG_KEY, factorise_linears, ranks_of
+from parallel.layerwise import layerwise
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "glm4", "gemma2", "phi3", "olmo2", "starcoder2", "granite")
 
@@ -53,9 +60,13 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Return a transformers model in eval mode whose weights are all random, norms and biases too.
 
-    It is unmodified, but for the linears that the config has in two factors.
+    It is unmodified, but for the linears that the config has in two factors, and for layers of different widths, each of
+    which is built from its own config.
     """
-    model = AutoModelForCausalLM.from_config(config)
+    if config.is_heterogeneous:
+        model = layerwise(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])._from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
     factorise_linears(model, ranks_of(config))
     model = model.to(dtype).eval()
     torch.manual_seed(seed)

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from distill.config import Config
 from distill.convert import config_to_dict, show
 from distill.deploy import modeling_reflux_low_rank
-from distill.prune import KEPT_FOLDER, copy_companions
+from distill.prune import KEPT_FOLDER, copy_companions, write_modeling_code
 from parallel.collectives import barrier
 from parallel.factored import CONFIG_KEY, ranks_of
 from parallel.mesh import Mesh
@@ -69,6 +69,7 @@ def export_student(
     if mesh.world.is_first:
         _write_config(model_config, temporary, dtype=dtype, merge_factors=merge_factors)
         copy_companions(source, temporary)
+        write_modeling_code(temporary, stages[0].causal_lm)
         if (source / KEPT_FOLDER).is_dir():
             shutil.copytree(source / KEPT_FOLDER, temporary / KEPT_FOLDER)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -16,6 +16,7 @@ def hf_config(**changes: Any) -> SimpleNamespace:
     values = {"num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 100}
     config = SimpleNamespace(**{**values, "max_position_embeddings": 1024, **changes})
     config.get_text_config = lambda: config
+    config.per_layer_config = [config]
     return config
 
 
@@ -84,6 +85,15 @@ def test_top_k_leaves_an_id_for_the_rest() -> None:
         check_models(config, hf_config(), hf_config())
     check_models(replace(config, loss=replace(config.loss, top_k=99)), hf_config(), hf_config())
     check_models(replace(config, loss=replace(config.loss, kind="jsd")), hf_config(), hf_config())
+
+
+def test_every_layers_heads_are_looked_at() -> None:
+    student = hf_config()
+    student.per_layer_config = [hf_config(), hf_config(num_attention_heads=12, num_key_value_heads=3)]
+    with pytest.raises(
+        ConfigError, match=r"mesh.tp=2 does not divide num_key_value_heads=3 of the student; use 1"
+    ):
+        check_models(config_from_dict({**BASE, "mesh": {"tp": 2}}), hf_config(), student)
 
 
 def test_models_that_fit() -> None:

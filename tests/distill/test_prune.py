@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from distill import prune as prune_module
 from distill.config import ConfigError, Prune
+from distill.cut_config import MODELING_FILE
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
 from distill.kept import Kept
-from distill.prune import KEPT_FILE, KEPT_FOLDER, PROVENANCE_FILE, choose, load_kept, prune_checkpoint
+from distill.prune import (
+    KEPT_FILE,
+    KEPT_FOLDER,
+    PROVENANCE_FILE,
+    choose,
+    load_kept,
+    prune_checkpoint,
+    share_out,
+)
 from distill.scores import Scores
-from distill.shape import Shape, resolve_shape
+from distill.shape import Shape, Steps, resolve_shape
 from distill.structure import Sizes
 from parallel.mesh import Mesh
 from tests.families import FAMILIES, save_tiny, tiny_config, tiny_model
@@ -38,7 +48,7 @@ def _config(family: str, **overrides: object) -> PretrainedConfig:
 
 
 def _kept(config: PretrainedConfig, *cuts: str) -> Kept:
-    """Return a random cut, other units in every layer, of the kinds named."""
+    """Return a random cut, other units in every layer, of the kinds named; `own` gives each layer widths of its own."""
     draw = torch.Generator().manual_seed(3)
 
     def some(total: int, keep: int) -> Tensor:
@@ -46,6 +56,13 @@ def _kept(config: PretrainedConfig, *cuts: str) -> Kept:
 
     sizes = Sizes.of(config)
     layers = (0, 2, 3) if "layers" in cuts else tuple(range(sizes.layers))
+    if "own" in cuts:
+        return Kept(
+            hidden=torch.arange(sizes.hidden),
+            ffn={layer: some(sizes.ffn, 8 + 8 * layer) for layer in layers},
+            groups={layer: some(sizes.groups, 1 + layer) for layer in layers},
+            layers=layers,
+        )
     return Kept(
         hidden=some(sizes.hidden, 24 if "hidden" in cuts else sizes.hidden),
         ffn={layer: some(sizes.ffn, 20 if "ffn" in cuts else sizes.ffn) for layer in layers},
@@ -96,7 +113,11 @@ def _silenced_logits(model: PreTrainedModel, kept: Kept) -> Tensor:
 
 
 def _student(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    """Return the student as a user loads it; layers of different widths bring modelling code along."""
+    own_code = (folder / MODELING_FILE).exists()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=own_code
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -107,7 +128,15 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "cuts", [("ffn",), ("groups",), ("layers",), ("hidden",), ("ffn", "groups", "layers", "hidden")]
+    "cuts",
+    [
+        ("ffn",),
+        ("groups",),
+        ("layers",),
+        ("hidden",),
+        ("ffn", "groups", "layers", "hidden"),
+        ("own", "layers"),
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_student_equals_the_teacher_with_the_removed_units_silenced(
@@ -126,7 +155,7 @@ def test_the_student_equals_the_teacher_with_the_removed_units_silenced(
         assert logits.shape == expected.shape and logits.isfinite().all()
     else:
         # Transformers' norms compute in float32: exact where a norm sees the same entries, else up to its rounding.
-        same_norms = "hidden" not in cuts and not (family == "olmo2" and "groups" in cuts)
+        same_norms = "hidden" not in cuts and not (family == "olmo2" and {"groups", "own"} & {*cuts})
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 if same_norms else 1e-5)
 
 
@@ -290,6 +319,66 @@ def test_the_best_are_kept_in_order_and_ties_go_to_the_first() -> None:
     }
     assert {tuple(indices.tolist()) for indices in kept.groups.values()} == {(1, 3)}
     assert choose(scores, config, Shape(8, 5, 8, 4, 2, (1, 2))).layers == (1, 2)
+
+
+def test_layers_share_the_channels_by_their_scores() -> None:
+    # Layer 0 leans on two units, layer 1 works evenly, layer 2 has one run only; all means are 1, 10 and 1.
+    scores = {
+        0: torch.tensor([0.1, 3.7, 0.1, 3.7, 0.1, 0.1, 0.1, 0.1]),
+        1: 10 * torch.tensor([1.2, 0.8, 1.2, 0.8, 1.2, 0.8, 1.2, 0.8]),
+        2: torch.ones(2),
+    }
+    assert share_out(scores, 4, step=2, fewest=1) == {0: 2, 1: 8, 2: 2}
+    assert share_out(scores, 4, step=2, fewest=3) == {0: 4, 1: 6, 2: 2}
+    assert share_out(scores, 2, step=2, fewest=1) == {0: 2, 1: 2, 2: 2}
+    assert share_out(scores, 6, step=2, fewest=1) == {0: 8, 1: 8, 2: 2}
+    config = tiny_config("llama", hidden_size=8, intermediate_size=8, head_dim=2, num_hidden_layers=2)
+    whole = Scores(
+        method="l1",
+        ffn={layer: scores[layer] for layer in (0, 1)},
+        groups={0: torch.tensor([9.0, 1.0, 1.0, 1.0]), 1: torch.tensor([1.0, 2.0, 3.0, 4.0])},
+        hidden=torch.ones(8),
+        layers={0: 0.9, 1: 0.1},
+    )
+    kept = choose(whole, config, Shape(8, 5, 4, 2, 2, None, Steps(ffn=2, groups=1, min_channels=2)))
+    assert {layer: indices.tolist() for layer, indices in kept.ffn.items()} == {
+        0: [1, 3],
+        1: [0, 1, 2, 3, 4, 5, 6, 7],
+    }
+    assert {layer: indices.tolist() for layer, indices in kept.groups.items()} == {0: [0], 1: [1, 2, 3]}
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_layers_of_different_widths_go_on_as_any_model(family: str, tmp_path: Path) -> None:
+    """Generate, save, and cut again, as a student or as a teacher."""
+    config = _config(family, tie_word_embeddings=True)
+    kept = _kept(config, "own")
+    source = save_tiny(tmp_path / "teacher", config)
+    middle = prune_checkpoint(source, tmp_path / "student", config, kept, provenance={})
+    student = _student(tmp_path / "student")
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    prompt = IDS[:, :4]
+    generated = student.generate(prompt, max_new_tokens=3, do_sample=False)
+    for _ in range(3):
+        with torch.no_grad():
+            following = student(input_ids=prompt, use_cache=False).logits[:, -1:].argmax(-1)
+        prompt = torch.cat([prompt, following], dim=1)
+    assert torch.equal(generated, prompt)
+    student.save_pretrained(tmp_path / "saved")
+    assert torch.equal(_logits(_student(tmp_path / "saved")), _logits(student))
+    with pytest.raises(Exception, match="per-layer attribute|mismatch|size"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    inner = _kept(middle, "own", "layers")
+    inner = replace(
+        inner,
+        ffn={layer: torch.arange(8) for layer in inner.layers},
+        groups={layer: torch.arange(1) for layer in inner.layers},
+    )
+    again = kept.of_student(inner)
+    prune_checkpoint(tmp_path / "student", tmp_path / "again", middle, inner, provenance={})
+    prune_checkpoint(source, tmp_path / "direct", config, again, provenance={})
+    assert not (tmp_path / "again" / MODELING_FILE).exists()
+    assert torch.equal(_logits(_student(tmp_path / "again")), _logits(_student(tmp_path / "direct")))
 
 
 @pytest.mark.slow

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from distill import shape
 from distill.config import ConfigError, Prune
-from distill.kept import Kept
-from distill.shape import Shape, resolve_shape, student_config
-from distill.structure import Sizes
-from tests.families import FAMILIES, tiny_config
+from distill.shape import Shape, Steps, planned_config, resolve_shape
+from tests.families import tiny_config
 
 
 def smollm2(**overrides: object):
@@ -157,57 +153,16 @@ def test_targets_that_cannot_be_met_say_what_can(prune: Prune, tp: int, words: s
         resolve_shape(smollm2(), prune, tp=tp)
 
 
-def _first_of(config, *, hidden: int, ffn: int, groups: int, layers: tuple[int, ...]) -> Kept:
-    return Kept(
-        hidden=torch.arange(hidden),
-        ffn=dict.fromkeys(layers, torch.arange(ffn)),
-        groups=dict.fromkeys(layers, torch.arange(groups)),
-        layers=layers,
+def test_per_layer_targets_are_means() -> None:
+    prune = Prune(per_layer=True, num_key_value_heads=2, hidden_size=512)
+    assert resolve_shape(smollm2(num_key_value_heads=9), prune, tp=1) == Shape(
+        512, 1536, 2, 2, 30, None, Steps(ffn=32, groups=1, min_channels=8)
     )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_students_config_has_the_shape_and_keeps_the_head_width(family: str) -> None:
-    config = tiny_config(family)
-    kept = _first_of(config, hidden=24, ffn=16, groups=2, layers=(0, 1, 3))
-    student = student_config(config, kept)
-    before, after = Sizes.of(config), Sizes.of(student)
-    assert after == before.after(kept)
-    assert (after.hidden, after.ffn, after.heads, after.groups, after.layers) == (24, 16, 4, 2, 3)
-    assert type(student) is type(config)
-
-
-def test_lists_of_layers_are_cut_with_the_layers() -> None:
-    kept = _first_of(None, hidden=32, ffn=48, groups=4, layers=(1, 2, 3))
-    gemma2 = tiny_config("gemma2")
-    assert gemma2.layer_types[0] == "sliding_attention"
-    assert student_config(gemma2, kept).layer_types == gemma2.layer_types[1:]
-    qwen2 = tiny_config("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2)
-    student = student_config(qwen2, kept)
-    assert student.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
-    assert (student.max_window_layers, student.sliding_window) == (1, 5)
-
-
-def test_layer_lists_of_unknown_meaning_are_an_error() -> None:
-    config = tiny_config("llama")
-    config.dense_layers = [0, 2]
-    with pytest.raises(ConfigError, match="dense_layers"):
-        student_config(config, _first_of(config, hidden=32, ffn=48, groups=4, layers=(0, 1)))
-    same_depth = student_config(config, _first_of(config, hidden=32, ffn=32, groups=4, layers=(0, 1, 2, 3)))
-    assert same_depth.dense_layers == [0, 2]
-
-
-def test_a_config_class_that_refuses_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"LlamaConfig refuses .*hidden size \(24\)"):
-        student_config(
-            tiny_config("llama"), _first_of(None, hidden=24, ffn=48, groups=8, layers=(0, 1, 2, 3))
-        )
-
-
-def test_a_model_that_does_not_follow_its_config_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config("llama")
-    monkeypatch.setattr(shape, "_resized", lambda config, sizes, **changes: config)
-    with pytest.raises(
-        ConfigError, match=r"layers.0.mlp.down_proj.weight is \(32, 32\) after.*has \(32, 48\)"
-    ):
-        student_config(config, _first_of(config, hidden=32, ffn=32, groups=4, layers=(0, 1, 2, 3)))
+    assert resolve_shape(smollm2(), Prune(per_layer=True), tp=3).intermediate_size == 960
+    # A student whose layers already differ: 60 % of the mean of 1024 and 1536, as ready as any other teacher.
+    own = {layer: {"intermediate_size": 1024} for layer in range(15)}
+    shape = resolve_shape(smollm2(per_layer_config=own), Prune(per_layer=True), tp=1)
+    assert shape.intermediate_size == 768
+    assert resolve_shape(smollm2(per_layer_config=own), Prune(), tp=1).intermediate_size == 928
+    planned = planned_config(smollm2(per_layer_config=own), Shape(576, 1280, 9, 3, 30, None))
+    assert [each.intermediate_size for each in planned.per_layer_config] == [1024] * 15 + [1280] * 15

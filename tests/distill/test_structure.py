@@ -8,7 +8,17 @@ from transformers import AutoConfig
 
 from distill.config import ConfigError
 from distill.kept import Kept
-from distill.structure import Layout, Sizes, Unit, cut, cut_shape, kept_indices, layout_of, student_name
+from distill.structure import (
+    Layout,
+    Sizes,
+    Unit,
+    Widths,
+    cut,
+    cut_shape,
+    kept_indices,
+    layout_of,
+    student_name,
+)
 from parallel.model import build_meta_model
 from tests.families import FAMILIES, tiny_config
 
@@ -80,10 +90,11 @@ def test_unknown_names_and_sizes_are_errors_that_name_them(
 
 
 def test_configs_that_cannot_be_read_are_errors() -> None:
-    config = tiny_config("llama")
-    config.per_layer_config = {1: {"intermediate_size": 16}}
-    with pytest.raises(ConfigError, match="per_layer_config"):
-        Sizes.of(config)
+    for override, words in (({"skip": ["mlp"]}, "skip parts"), ({"head_dim": 4}, "differ in .*head width")):
+        config = tiny_config("llama")
+        config.per_layer_config = {1: override}
+        with pytest.raises(ConfigError, match=words):
+            Sizes.of(config)
     with pytest.raises(ConfigError, match="gpt2 has no whole number intermediate_size"):
         Sizes.of(AutoConfig.for_model("gpt2"))
 
@@ -100,6 +111,19 @@ def test_sizes_after_a_cut() -> None:
     )
 
 
-def test_layers_of_different_widths_are_refused() -> None:
-    with pytest.raises(AssertionError, match="different widths"):
-        SIZES.after(Kept(KEPT.hidden, {0: torch.arange(2), 2: torch.arange(3)}, KEPT.groups, KEPT.layers))
+def test_each_layer_has_its_own_sizes() -> None:
+    kept = Kept(KEPT.hidden, {0: torch.arange(2), 2: torch.arange(3)}, KEPT.groups, KEPT.layers)
+    after = SIZES.after(kept)
+    assert (after.ffn, after.layers, after.by_layer) == (3, 2, (Widths(2, 1), Widths(3, 1)))
+    assert (after.at(0).ffn, after.at(0).layers, after.at(None)) == (2, 2, after)
+    up = layout_of("model.layers.0.mlp.up_proj.weight", (2, 3), after)
+    assert cut_shape(up, after, Kept.everything(after)) == (2, 3)
+    again = Kept(
+        torch.tensor([1]),
+        {0: torch.tensor([1]), 1: torch.tensor([0, 2])},
+        KEPT.groups | {1: KEPT.groups[0]},
+        (0, 1),
+    )
+    assert kept_indices(up, 0, after, again).tolist() == [1]
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.up_proj.weight .*\(2, 3\)"):
+        layout_of("model.layers.1.mlp.up_proj.weight", (2, 3), after)

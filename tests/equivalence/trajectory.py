@@ -54,6 +54,14 @@ STUDENTS = {
     "factored tied": factored_config(
         "qwen3", {"mlp.gate_proj": 8, "mlp.down_proj": 8}, tie_word_embeddings=True
     ),
+    "uneven": tiny_config(
+        "qwen3",
+        tie_word_embeddings=True,
+        per_layer_config={
+            1: {"intermediate_size": 24},
+            2: {"intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
+        },
+    ),
 }
 COSTS = Costs(forward=1.0, backward_input=1.0, backward_weight=1.0, teacher_slice=0.5, latency=0.2, step=1.0)
 """What plans with look-ahead are made from; no costs change what is computed."""

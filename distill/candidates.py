@@ -1,0 +1,127 @@
+"""Judge the shapes that meet a budget by cutting each out of the teacher, and take the best.
+
+Decides that a candidate is judged as it is cut, without training, by its perplexity on a few held-out rows, in the layout
+of the run: cut by rank 0 into a folder beside the student's, loaded by all ranks, judged, thrown away. What is left is
+`candidates.json` in the run's folder. Perplexity without training favours cuts that training would catch up with
+differently; the shapes are therefore few and all of them sensible (`distill.search`), and the list is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.balance import split_models
+from distill.config import Config
+from distill.data import MicroBatch
+from distill.evaluate import evaluate
+from distill.loading import load_stages
+from distill.pretrained import load_config
+from distill.prune import choose, prune_checkpoint
+from distill.scores import Scores
+from distill.search import Candidate
+from distill.shape import Shape
+from distill.step import messages
+from parallel.collectives import barrier
+from parallel.mesh import Mesh
+from parallel.pipeline.actions import Kind
+from parallel.pipeline.p2p import Links
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CANDIDATES_FILE = "candidates.json"
+JUDGED_ROWS = 16
+"""Held-out rows that candidates are judged by, at most."""
+
+
+def best_shape(
+    config: Config,
+    mesh: Mesh,
+    candidates: Sequence[Candidate],
+    scores: Scores,
+    *,
+    teacher_config: PretrainedConfig,
+    teacher_folder: Path,
+    judging: Sequence[MicroBatch],
+    folder: Path,
+) -> Shape:
+    """Return the shape whose untrained student has the lowest perplexity; of equal ones the first.
+
+    Args:
+        scores: of the teacher, the same on every rank.
+        judging: this replica's share of the held-out rows.
+        folder: gets `candidates.json`, and for a while each candidate.
+    Collectives: for each candidate those of loading and evaluating it, and barriers over the world.
+    """
+    perplexities: list[float] = []
+    for number, candidate in enumerate(candidates):
+        target = folder / f".candidate-{number}"
+        if mesh.world.is_first:
+            # A run that was killed may have left one.
+            shutil.rmtree(target, ignore_errors=True)
+            kept = choose(scores, teacher_config, candidate.shape)
+            prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance={})
+        barrier(mesh.world)
+        perplexities.append(_perplexity(config, mesh, target, teacher_config, judging))
+        barrier(mesh.world)
+        if mesh.world.is_first:
+            shutil.rmtree(target)
+            _say(candidate, perplexities[-1], number=number)
+    best = min(range(len(candidates)), key=perplexities.__getitem__)
+    if mesh.world.is_first:
+        rows = [
+            {
+                "parameters": candidate.num_parameters,
+                "perplexity": perplexity,
+                "taken": number == best,
+                "shape": asdict(candidate.shape),
+            }
+            for number, (candidate, perplexity) in enumerate(zip(candidates, perplexities, strict=True))
+        ]
+        (folder / CANDIDATES_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        print(f"taken: number {best + 1}; all are in {folder / CANDIDATES_FILE}", flush=True)
+    return candidates[best].shape
+
+
+def _perplexity(
+    config: Config, mesh: Mesh, folder: Path, teacher_config: PretrainedConfig, judging: Sequence[MicroBatch]
+) -> float:
+    student_config = load_config(folder, key="student.prune.target_params")
+    layers = split_models(config, teacher_config, student_config).student
+    stages = load_stages(
+        folder,
+        student_config,
+        config,
+        mesh,
+        trainable=False,
+        key="student.prune.target_params",
+        layers=layers,
+    )
+    student = stages[0] if stages else None
+    traffic = messages(student, None, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
+    forward = {kind: message for kind, message in traffic.items() if kind is not Kind.B}
+    links = Links(mesh, forward, num_stages=len(layers))
+    return evaluate(mesh, links, judging, students=stages).perplexity
+
+
+def _say(candidate: Candidate, perplexity: float, *, number: int) -> None:
+    """Print one line of the table, under its header if it is the first."""
+    shape = candidate.shape
+    cells = {
+        "number": number + 1,
+        "parameters": f"{candidate.num_parameters / 1e6:.2f} M",
+        "layers": shape.num_layers,
+        "hidden": shape.hidden_size,
+        "feed-forward": shape.intermediate_size,
+        "heads": shape.num_attention_heads,
+        "groups": shape.num_key_value_heads,
+        "perplexity": f"{perplexity:.4g}",
+    }
+    if number == 0:
+        print("  ".join(f"{name:>12}" for name in cells))
+    print("  ".join(f"{value:>12}" for value in cells.values()), flush=True)
