@@ -184,7 +184,9 @@ class RunLog:
         self.evaluations = [*others, line]
         named = {f"{model}/{name}": line[name] for name in values}
         self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
-        shown = "  ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in values.items())
+        # Parts of the text have names of their own below `eval/`, and stay in the files.
+        whole = {name.partition("/")[2]: value for name, value in values.items() if name.count("/") == 1}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in whole.items())
         self.say(f"held-out text, {model} after step {step}: {shown}")
 
     def flush(self) -> None:

@@ -198,7 +198,7 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
         {
             "model": who,
             "parameters": sizes[who],
-            **{name.removeprefix("eval/"): value for name, value in quality.named().items()},
+            **{name.removeprefix("eval/"): value for name, value in quality.whole().items()},
         }
         for who, quality in judged.items()
     ]
