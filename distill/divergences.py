@@ -68,6 +68,38 @@ FORWARD_KL = ForwardKL()
 
 
 @dataclass(frozen=True)
+class ForwardKLAndEntropy(ForwardKL):
+    """KL(p || q), and beside it the teacher's entropy -sum_v p * log p: [C, 1] nats, the one factor that is settled."""
+
+    num_numbers: ClassVar[int] = 2
+
+    def shard_numbers_(
+        self,
+        out_nB: Tensor,
+        exp_p: Tensor,
+        log_ratio: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        first_id: int,
+    ) -> None:
+        """Fill the sums of exp_p * log_ratio and of exp_p * log(exp_p)."""
+        super().shard_numbers_(out_nB, exp_p, log_ratio, student, teacher, first_id)
+        if teacher.shape[1]:
+            shifted = torch.sub(teacher, teacher.amax(1, keepdim=True), out=log_ratio)
+            out_nB[1] = shifted.mul_(exp_p).sum(1)
+
+    def settle(self, shards: Shards, sums: Tensor | None, rank: int, ids: range) -> Settled:
+        """Shift both sums to the whole vocabulary's maxima, and normalise."""
+        rise_p, whole_p = shards.max_p - shards.max_p.amax(0), shards.whole_p()
+        mean_log_exp = (rise_p.exp() * (shards.own[:, 1] + shards.sum_p * rise_p)).sum(0) / whole_p
+        value_C = super().settle(shards, sums, rank, ids).value_C
+        return Settled(value_C, ((whole_p.log() - mean_log_exp)[:, None],))
+
+
+FORWARD_KL_AND_ENTROPY = ForwardKLAndEntropy()
+
+
+@dataclass(frozen=True)
 class FDivergence(Divergence):
     """sum_v p * f(q / p) with a convex f, f(1) = 0, in a second pass over p and q.
 

@@ -5,6 +5,7 @@ Token sums run over all replicas and are divided once, so the figures do not dep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from distill.data import MicroBatch
 from distill.forward import run_forward
-from distill.losses import evaluate_tokens
+from distill.losses import ENTROPY_BOUNDS, BucketSums, evaluate_tokens
 from distill.step import head_of
 from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh
@@ -22,6 +23,19 @@ from parallel.model import StageModel
 from parallel.pipeline.actions import Kind
 from parallel.pipeline.p2p import Links
 from parallel.weights import parameter_table
+
+
+@dataclass(frozen=True)
+class EntropyBucket:
+    """What a model reaches on the tokens whose teacher's entropy (untempered) lies in [low, high) nats."""
+
+    low: float
+    high: float
+    loss: float
+    kl: float
+    agreement: float
+    """As in `Quality`."""
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -37,14 +51,16 @@ class Quality:
     agreement: float
     """Share of tokens on which model and teacher have the same most likely id; 1 for the teacher itself."""
     num_tokens: int
+    by_entropy: tuple[EntropyBucket, ...] = ()
+    """Of each bucket that has tokens, from sure to unsure; empty for the teacher itself."""
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
-    def named(self) -> dict[str, float]:
-        """Return the figures under the names of the logs."""
+    def whole(self) -> dict[str, float]:
+        """Return the figures over all tokens under the names of the logs."""
         return {
             "eval/loss": self.loss,
             "eval/perplexity": self.perplexity,
@@ -52,6 +68,19 @@ class Quality:
             "eval/agreement": self.agreement,
             "eval/accuracy": self.accuracy,
         }
+
+    def named(self) -> dict[str, float]:
+        """Return all figures under the names of the logs."""
+        named = self.whole()
+        for bucket in self.by_entropy:
+            group = f"eval/entropy_{bucket.low:g}_{bucket.high:g}"
+            named |= {
+                f"{group}/loss": bucket.loss,
+                f"{group}/kl": bucket.kl,
+                f"{group}/agreement": bucket.agreement,
+                f"{group}/tokens": bucket.num_tokens,
+            }
+        return named
 
 
 def evaluate(
@@ -77,6 +106,7 @@ def evaluate(
     judged, reference = (students[-1], teacher) if students else (teacher, None)
     judged_kind = Kind.F if students else Kind.K
     sums = torch.zeros(5, dtype=torch.float64)
+    by_entropy = torch.zeros(len(ENTROPY_BOUNDS) + 1, len(BucketSums._fields), dtype=torch.float64)
 
     def consume(batch: MicroBatch, hidden: dict[Kind, Tensor]) -> None:
         stats = evaluate_tokens(
@@ -93,11 +123,13 @@ def evaluate(
                 dtype=torch.float64,
             )
         )
+        if stats.by_entropy:
+            by_entropy.add_(torch.tensor(stats.by_entropy, dtype=torch.float64))
 
     run_forward(mesh, links, microbatches, students=students, teacher=teacher, consume=consume)
-    total = (sums / mesh.tp.size).to(mesh.device)
+    total = (torch.cat([sums, by_entropy.flatten()]) / mesh.tp.size).to(mesh.device)
     all_reduce_(total, mesh.world)
-    nll, kl, agreement, correct, count = total.tolist()
+    nll, kl, agreement, correct, count = total[:5].tolist()
     if count == 0:
         raise ValueError("the text has no token to judge")
     alone = reference is None
@@ -107,6 +139,24 @@ def evaluate(
         kl=0.0 if alone else kl / count,
         agreement=1.0 if alone else agreement / count,
         num_tokens=round(count),
+        by_entropy=_buckets(total[5:].view_as(by_entropy).tolist()),
+    )
+
+
+def _buckets(rows: list[list[float]]) -> tuple[EntropyBucket, ...]:
+    """Return the figures of the buckets that have tokens, from their sums."""
+    edges = itertools.pairwise((0.0, *ENTROPY_BOUNDS, math.inf))
+    return tuple(
+        EntropyBucket(
+            low=low,
+            high=high,
+            loss=sums.nll_sum / sums.num_tokens,
+            kl=sums.kl_sum / sums.num_tokens,
+            agreement=sums.agreement_count / sums.num_tokens,
+            num_tokens=round(sums.num_tokens),
+        )
+        for (low, high), sums in zip(edges, (BucketSums(*row) for row in rows), strict=True)
+        if sums.num_tokens > 0
     )
 
 

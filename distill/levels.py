@@ -22,7 +22,7 @@ from parallel.mesh import Mesh
 Figures = Mapping[str, float | None]
 
 # Counts changes of the figures or of the files.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

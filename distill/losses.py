@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill.divergences import FORWARD_KL
+from distill.divergences import FORWARD_KL, FORWARD_KL_AND_ENTROPY
 from distill.head import Head, compute_dtype
 from distill.packing import IGNORE
 from distill.token_batch import TokenBatch
@@ -31,6 +31,8 @@ from parallel.collectives import all_reduce_
 from parallel.mesh import Axis
 
 SINGLE = Axis("tp")
+ENTROPY_BOUNDS = (0.5, 1.5, 3.0, 5.0)
+"""Nats: bucket i of the teacher's entropy runs from bound i - 1 (or 0) up to, not including, bound i (or infinity)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class LossResult:
         return alpha * self.hard + (1 - alpha) * self.soft
 
 
+class BucketSums(NamedTuple):
+    """Sums over the valid tokens of one bucket of the teacher's entropy, as `TokenStats` has them over all."""
+
+    nll_sum: float = 0.0
+    kl_sum: float = 0.0
+    agreement_count: float = 0.0
+    num_tokens: float = 0.0
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """Sums over the valid tokens of a batch, the same on every rank of tp; add over batches, then divide."""
@@ -62,6 +73,8 @@ class TokenStats:
     correct_count: int
     """Tokens whose label the student holds most likely. Of equally likely ids the lowest counts."""
     num_tokens: int
+    by_entropy: tuple[BucketSums, ...] = ()
+    """By the teacher's entropy, cut at `ENTROPY_BOUNDS`; empty without a teacher."""
 
 
 @torch.no_grad()
@@ -209,18 +222,29 @@ def evaluate_tokens(
     Args: as `fused_distillation_loss`; without a teacher both its arguments are None.
     Raises:
         ValueError: shapes that do not fit, or a label outside the vocabulary.
-    Collectives: for each chunk, tp all-gathers [7, C], [2, C] and, with a teacher, [2, C], all float64.
+    Collectives: for each chunk, tp all-gathers [6, C] (with a teacher [8, C]), [2, C] and, with a teacher, [2, C], all float64.
     """
     batch = TokenBatch(student_hidden_TD, student_head, teacher_hidden_TE, teacher_head, labels_T, tp)
-    nll = kl = agreement = correct = 0.0
-    for chunk, part in batch.chunks(temperature=1.0, divergence=FORWARD_KL, chunk_tokens=chunk_tokens):
+    bounds = torch.tensor(ENTROPY_BOUNDS, dtype=torch.float64, device=labels_T.device)
+    by_entropy = bounds.new_zeros(len(bounds) + 1, len(BucketSums._fields))
+    nll = correct = 0.0
+    for chunk, part in batch.chunks(
+        temperature=1.0, divergence=FORWARD_KL_AND_ENTROPY, chunk_tokens=chunk_tokens
+    ):
         ids_C = chunk.most_likely(chunk.student_CV[: len(part.labels_C)])
-        nll += part.shards.cross_entropy(1.0).sum()
+        nll_C = part.shards.cross_entropy(1.0)
+        nll += nll_C.sum()
         correct += (ids_C == part.labels_C).sum()
         if chunk.teacher_CV is not None:
-            kl += chunk.settle(part.shards).value_C.sum()
-            agreement += (ids_C == chunk.most_likely(chunk.teacher_CV[: len(ids_C)])).sum()
-    return TokenStats(float(nll), float(kl), int(agreement), int(correct), len(batch.positions))
+            settled = chunk.settle(part.shards)
+            (entropy,) = settled.factors
+            agrees_C = ids_C == chunk.most_likely(chunk.teacher_CV[: len(ids_C)])
+            columns = (nll_C, settled.value_C, agrees_C.double(), torch.ones_like(nll_C))
+            bucket_C = torch.bucketize(entropy[:, 0], bounds, right=True)
+            by_entropy.index_add_(0, bucket_C, torch.stack(columns, 1))
+    _, kl, agreement, _ = by_entropy.sum(0).tolist()
+    buckets = () if teacher_head is None else tuple(BucketSums(*sums) for sums in by_entropy.tolist())
+    return TokenStats(float(nll), kl, round(agreement), int(correct), len(batch.positions), buckets)
 
 
 def _check_loss(temperature: float, alpha: float) -> None:

@@ -205,7 +205,10 @@ class RunLog:
         self.evaluations = [*others, line]
         named = {f"{model}/{name}": line[name] for name in values}
         self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
-        shown = "  ".join(_shown(name, value) for name, value in values.items())
+        # By the teacher's entropy they are for the files.
+        shown = "  ".join(
+            _shown(name, value) for name, value in values.items() if not name.startswith("eval/entropy_")
+        )
         when = ", judged before" if known else f" after step {step}"
         self.say(f"held-out text, {model}{when}: {shown}")
 

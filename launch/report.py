@@ -26,8 +26,9 @@ def run_report(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of judged models: a column for all that any of them was judged by, but for standard errors."""
-    names = dict.fromkeys(name for row in rows for name in row if "_stderr" not in name)
+    """Return a table of judged models: a column for all that any was judged by, but standard errors and parts of the text."""
+    hidden = ("_stderr", "entropy_")
+    names = dict.fromkeys(name for row in rows for name in row if not any(word in name for word in hidden))
     return table([{name: row.get(name) for name in names} for row in rows])
 
 

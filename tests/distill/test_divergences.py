@@ -107,19 +107,21 @@ def test_a_small_divergence_keeps_its_digits_in_float32(kind: str) -> None:
         kind=kind, alpha=0.0, temperature=1.0, vocab=4099, student_width=16, teacher_width=16, top_k=64
     )
     tensors = case.tensors(torch.float32)
-    tensors |= {"teacher_hidden": tensors["hidden"] * 1.001, "teacher_weight": tensors["weight"]}
+    tensors |= {"teacher_hidden": tensors["hidden"] * 1.0001, "teacher_weight": tensors["weight"]}
     expected = plain_loss(case, tensors, 10)
-    assert expected["soft"].item() < (1e-2 if kind == "tvd" else 1e-4)
+    assert expected["soft"].item() < (1e-4 if kind == "tvd" else 1e-7)
     found = sharded_loss(case, tensors, SINGLE, num_valid_tokens=10)
     assert found["soft"].item() == pytest.approx(expected["soft"].item(), rel=2e-3)
     for name in ("grad_hidden", "grad_weight"):
-        assert (found[name] - expected[name]).norm() < 2e-3 * expected[name].norm()
+        # The sign of q - p, all that the gradient of tvd knows, is lost where the logits' own rounding hides it.
+        share = 0.1 if kind == "tvd" else 1e-2
+        assert (found[name] - expected[name]).norm() < share * expected[name].norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits_give_the_value_of_the_formula_and_no_nan(kind: str) -> None:
     """Probabilities of e**-10000 and less on either side."""
-    for dtype, exact in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+    for dtype, exact in ((torch.float64, 1e-9), (torch.float32, 1e-6)):
         case = Case(kind=kind, alpha=0.0, vocab=11, student_width=7, top_k=3)
         tensors = case.tensors(torch.float32)
         tensors = {k: v.to(dtype) if v is not None and k != "labels" else v for k, v in tensors.items()}

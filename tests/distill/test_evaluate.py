@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from distill.data import IGNORE, MicroBatch
-from distill.evaluate import Quality, evaluate, num_parameters
+from distill.evaluate import EntropyBucket, Quality, evaluate, num_parameters
+from distill.losses import ENTROPY_BOUNDS
 from distill.step import messages
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Kind
@@ -68,12 +70,29 @@ def _plain(folders: dict[str, str], student: str, pair: str) -> Quality:
 
     judged, teacher = log_q("teacher" if pair == "teacher" else student), log_q("teacher")
     compared = pair == "both"
+    nll = -judged[range(len(labels)), labels]
+    kl = (teacher.exp() * (teacher - judged)).sum(-1)
+    agrees = (judged.argmax(-1) == teacher.argmax(-1)).double()
+    entropy = -(teacher.exp() * teacher).sum(-1)
+    buckets = [
+        EntropyBucket(
+            low,
+            high,
+            nll[inside].mean().item(),
+            kl[inside].mean().item(),
+            agrees[inside].mean().item(),
+            int(inside.sum()),
+        )
+        for low, high in itertools.pairwise((0.0, *ENTROPY_BOUNDS, math.inf))
+        if (inside := (low <= entropy) & (entropy < high)).any() and compared
+    ]
     return Quality(
-        loss=-judged[range(len(labels)), labels].mean().item(),
+        loss=nll.mean().item(),
         accuracy=(judged.argmax(-1) == labels).double().mean().item(),
-        kl=(teacher.exp() * (teacher - judged)).sum(-1).mean().item() if compared else 0.0,
-        agreement=(judged.argmax(-1) == teacher.argmax(-1)).double().mean().item() if compared else 1.0,
+        kl=kl.mean().item() if compared else 0.0,
+        agreement=agrees.mean().item() if compared else 1.0,
         num_tokens=len(labels),
+        by_entropy=tuple(buckets),
     )
 
 
@@ -120,7 +139,10 @@ def test_quality_equals_the_plain_formulas(folders: dict[str, str]) -> None:
             assert counted == (sizes[case.student], sizes["teacher"]), case
             assert message == "the text has no token to judge"
             for pair, quality in zip(PAIRS, qualities, strict=True):
-                assert asdict(quality) == pytest.approx(asdict(expected[case.student, pair]), rel=1e-9), case
+                right = expected[case.student, pair]
+                assert bool(right.by_entropy) == (pair == "both")
+                assert quality.named() == pytest.approx(right.named(), rel=1e-9), case
+                assert quality.num_tokens == right.num_tokens
     assert ranks[0] == ranks[1], "every rank reports the same"
 
 
@@ -130,7 +152,8 @@ def test_a_model_judged_against_itself_agrees(folders: dict[str, str]) -> None:
     links = Links(mesh, {})
     itself = evaluate(mesh, links, _share(mesh), students=[teacher], teacher=teacher)
     assert (itself.kl, itself.agreement) == (0.0, 1.0)
-    assert itself == evaluate(mesh, links, _share(mesh), teacher=teacher)
+    alone = evaluate(mesh, links, _share(mesh), teacher=teacher)
+    assert replace(itself, by_entropy=()) == alone and itself.by_entropy and not alone.by_entropy
 
 
 def test_perplexity_and_names() -> None:
@@ -143,4 +166,16 @@ def test_perplexity_and_names() -> None:
         "eval/agreement": 0.75,
         "eval/accuracy": 0.25,
     }
+    parts = (EntropyBucket(0.0, 0.5, 1.0, 0.1, 0.9, 7), EntropyBucket(5.0, math.inf, 4.0, 0.8, 0.2, 3))
+    assert replace(quality, by_entropy=parts).named() == quality.named() | {
+        "eval/entropy_0_0.5/loss": 1.0,
+        "eval/entropy_0_0.5/kl": 0.1,
+        "eval/entropy_0_0.5/agreement": 0.9,
+        "eval/entropy_0_0.5/tokens": 7,
+        "eval/entropy_5_inf/loss": 4.0,
+        "eval/entropy_5_inf/kl": 0.8,
+        "eval/entropy_5_inf/agreement": 0.2,
+        "eval/entropy_5_inf/tokens": 3,
+    }
+    assert replace(quality, by_entropy=parts).whole() == quality.named()
     assert math.isfinite(replace(quality, loss=5000.0).perplexity)

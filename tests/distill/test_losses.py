@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 from unittest import mock
 
@@ -243,20 +245,35 @@ def dense_stats(case: Case, tensors: dict[str, Any]) -> tuple[float, float, int,
     )
 
 
+def dense_buckets(case: Case, tensors: dict[str, Any]) -> list[tuple[float, ...]]:
+    """Return nll, KL, agreement and count of the tokens in each bucket of the teacher's entropy."""
+    teacher = logits_of(tensors["teacher_hidden"], tensors["teacher_weight"], tensors["teacher_bias"], case)
+    log_p = teacher.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    rows = []
+    for low, high in itertools.pairwise((0.0, *losses.ENTROPY_BOUNDS, math.inf)):
+        inside = tensors["labels"].where((low <= entropy) & (entropy < high), IGNORE)
+        nll, kl, agreement, _ = dense_stats(case, tensors | {"labels": inside})
+        rows.append((nll, kl, agreement, (inside != IGNORE).sum().item()))
+    return rows
+
+
 def likely_tensors(case: Case) -> dict[str, Any]:
     """A teacher close to the student, and labels that the student often predicts: counts in the middle."""
     tensors = case.tensors()
     tensors |= {"teacher_weight": tensors["weight"], "teacher_hidden": tensors["hidden"].roll(1, 0) * 0.6}
     tensors["teacher_hidden"] += tensors["hidden"]
+    # From a teacher that is nearly uniform to one that is sure.
+    tensors["teacher_hidden"] *= torch.linspace(0.02, 4, case.tokens, dtype=torch.float64)[:, None]
     best = logits_of(tensors["hidden"], tensors["weight"], tensors["bias"], case).argmax(1)
     tensors["labels"] = torch.where(torch.arange(case.tokens) % 3 == 1, best, tensors["labels"])
     return tensors
 
 
-EVALUATED = Case(tokens=41, vocab=11, student_width=6, teacher_width=6, softcap=5.0, scale=0.7, chunk=7)
+EVALUATED = Case(tokens=41, vocab=211, student_width=6, teacher_width=6, softcap=20.0, scale=0.7, chunk=7)
 
 
-def evaluated(num_ranks: int) -> tuple[float, ...]:
+def evaluated(num_ranks: int) -> tuple[tuple[float, ...], list[list[float]]]:
     tp = Mesh.create(pp=1, dp=1, tp=num_ranks).tp if num_ranks > 1 else Axis("tp")
     tensors = likely_tensors(EVALUATED)
     student, teacher = heads(EVALUATED, tensors, tp)
@@ -271,7 +288,7 @@ def evaluated(num_ranks: int) -> tuple[float, ...]:
     )
     alone = evaluate_tokens(tensors["hidden"], student, None, None, tensors["labels"], tp=tp)
     assert (alone.nll_sum, alone.kl_sum, alone.agreement_count) == (pytest.approx(stats.nll_sum), 0.0, 0)
-    assert alone.correct_count == stats.correct_count
+    assert alone.correct_count == stats.correct_count and alone.by_entropy == ()
     # Every id equally likely: the lowest one, whatever the shards.
     flat = Head(torch.zeros_like(student.weight_VD))
     zeros = torch.zeros(3, dtype=torch.int64)
@@ -279,16 +296,21 @@ def evaluated(num_ranks: int) -> tuple[float, ...]:
     assert (ties.correct_count, ties.agreement_count, ties.num_tokens) == (3, 3, 3)
     nothing = evaluate_tokens(tensors["hidden"][:3], flat, None, None, torch.full((3,), IGNORE), tp=tp)
     assert nothing == losses.TokenStats(0.0, 0.0, 0, 0, 0)
-    return stats.nll_sum, stats.kl_sum, stats.agreement_count, stats.correct_count, stats.num_tokens
+    whole = (stats.nll_sum, stats.kl_sum, stats.agreement_count, stats.correct_count, stats.num_tokens)
+    return whole, [list(sums) for sums in stats.by_entropy]
 
 
 def test_evaluation_agrees_with_dense_logits() -> None:
     nll, kl, agreement, correct = dense_stats(EVALUATED, likely_tensors(EVALUATED))
     assert 5 < agreement < 38 and 5 < correct < 38
-    expected = pytest.approx((nll, kl, agreement, correct, 38 + 1), abs=1e-10)
-    assert evaluated(1) == expected
-    for num_ranks in (2, 4):
-        assert run_distributed(num_ranks, evaluated, num_ranks) == [expected] * num_ranks
+    buckets = dense_buckets(EVALUATED, likely_tensors(EVALUATED))
+    assert sum(count > 2 for *_, count in buckets) >= 3, "the entropies must be spread"
+    for num_ranks in (1, 2, 4):
+        ranks = [evaluated(1)] if num_ranks == 1 else run_distributed(num_ranks, evaluated, num_ranks)
+        for whole, by_entropy in ranks:
+            assert whole == pytest.approx((nll, kl, agreement, correct, 38 + 1), abs=1e-10)
+            for found, expected in zip(by_entropy, buckets, strict=True):
+                assert found == pytest.approx(expected, abs=1e-10)
 
 
 def test_mistakes_are_named() -> None:

@@ -59,7 +59,7 @@ def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest
             round=0,
             model="teacher",
             parameters=7,
-            values={"eval/loss": 2.68, "eval/perplexity": 14.6},
+            values={"eval/loss": 2.68, "eval/perplexity": 14.6, "eval/entropy_5_inf/kl": 0.5},
         )
         for step in (1, 2):
             log.step(numbers(step), total_steps=4)
@@ -67,7 +67,8 @@ def test_the_folder_and_the_names_of_the_contract(tmp_path: Path, capsys: pytest
         assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
         summary = log.finish({"table": [{"model": "teacher"}], "tokens": 7})
     assert list(lines(tmp_path / "metrics.jsonl")[0]) == CONTRACT
-    assert lines(tmp_path / "evaluations.jsonl")[0]["eval/loss"] == 2.68
+    written = lines(tmp_path / "evaluations.jsonl")[0]
+    assert (written["eval/loss"], written["eval/entropy_5_inf/kl"]) == (2.68, 0.5)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["mesh"] == {"pp": 2, "dp": 1, "tp": 1}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["tokens"] == 7 and summary["seconds"] == 4.0 and summary["metrics"]["step"] == 2
