@@ -37,6 +37,8 @@ CONTRACT_NAMES = (
     "loss/total",
     "loss/hard",
     "loss/soft",
+    "loss/temperature",
+    "loss/alpha",
     "optim/grad_norm",
     "optim/lr",
     "time/step_s",
