@@ -129,8 +129,8 @@ def test_quality_equals_the_plain_formulas(folders: dict[str, str]) -> None:
     assert counts[0] > 2 * counts[1] > 0, "a mean of the replicas' means must not pass"
     expected = {(s, pair): _plain(folders, s, pair) for s in ("tied", "untied", "deep") for pair in PAIRS}
     sizes = {
-        name: AutoModelForCausalLM.from_pretrained(folder).num_parameters()
-        for name, folder in folders.items()
+        name: AutoModelForCausalLM.from_pretrained(folders[name]).num_parameters()
+        for name in ("teacher", "tied", "untied", "deep")
     }
     single = _judge(CASES[:1], folders)
     ranks = run_distributed(2, _judge, CASES[1:], folders)
