@@ -90,7 +90,10 @@ def test_a_round_lays_its_overrides_over_the_run() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"mesh": {"pp": 2}}, "rounds[0].mesh.pp cannot differ between rounds; use student.prune, loss,"),
+        (
+            {"mesh": {"pp": 2}},
+            "rounds[0].mesh.pp cannot differ between rounds; use student.prune, student.low_rank,",
+        ),
         ({"optimizer": {"eps": 1.0}}, "rounds[0].optimizer.eps cannot differ between rounds"),
         ({"loss": {"alfa": 1.0}}, "there is no key rounds[0].loss.alfa; did you mean rounds[0].loss.alpha?"),
         ({"loss": {"alpha": "x"}}, "rounds[0].loss.alpha=x must be a number or a schedule like"),
