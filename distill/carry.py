@@ -3,7 +3,7 @@
 Decides that moments follow the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
 have, and that what came back from the teacher starts without any. Weights come from the cut student's folder. A cut of
 the residual width rescales norms (`distill.prune`); their moments keep the old scale, which AdamW forgets within
-1 / (1 - beta) steps. One whole tensor is in memory at a time.
+1 / (1 - beta) steps. What is trained beside the model (projections) is not of it, and left alone. One whole tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def carry_moments(
     """
     for entry, views in optimizer.state():
         name = teacher_name(entry.name, new)
+        if name not in teacher_shapes:
+            continue
         layout = layout_of(name, teacher_shapes[name], sizes)
         before = student_name(name, old)
         for kind in MOMENTS:
