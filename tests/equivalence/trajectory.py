@@ -72,6 +72,8 @@ class Case:
     student_layers: tuple[int, ...] | None = None
     teacher_layers: tuple[int, ...] | None = None
     """Layers on each stage; None evens them out."""
+    bucket_bytes: int = 25 * 1024**2
+    """Of gradients that are reduced in one piece."""
 
     @property
     def split(self) -> Split:
@@ -232,7 +234,12 @@ def make_step(
         students=students,
         teacher=teacher if with_teacher else None,
         optimizer=StageOptimizer.of_stages(
-            students, mesh, ADAMW, RATE, beside=hidden.entries if hidden else None
+            students,
+            mesh,
+            ADAMW,
+            RATE,
+            bucket_bytes=case.bucket_bytes,
+            beside=hidden.entries if hidden else None,
         ),
         course=Course(plan_of(case, teacher=case.teacher if with_teacher else None), num_steps=num_steps),
         loss=partial(loss.at, num_steps=num_steps),
