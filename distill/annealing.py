@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 EXAMPLE = "{kind: linear, start: 4, end: 1}"
 _KINDS = ("linear", "cosine", "steps")
+_FIELDS = {"kind", "start", "end", "values"}
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,5 @@ def extremes(number: float | Ramp | Stages) -> tuple[float, ...]:
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether a plain mapping is meant as one value that changes, not as a group of keys."""
-    return isinstance(value, Mapping) and value.get("kind") in _KINDS
+    """Whether a plain mapping is meant as one value that changes, not as a group of keys (which may have a `kind`, too)."""
+    return isinstance(value, Mapping) and value.get("kind") in _KINDS and value.keys() <= _FIELDS

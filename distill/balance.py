@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config, ConfigError
 from distill.costs import MOST_SLICES, Profile, Split, choose_slices, stage_costs, stage_sums
+from distill.hidden_map import mapped_layers
 from distill.planning import make_step_plan
 from parallel.model import build_meta_model, stage_names
 from parallel.pipeline.partition import Layers, Partition, partition
@@ -63,6 +64,7 @@ def count_work(config: Config, teacher_config: PretrainedConfig, student_config:
     forward = parameters + attention      attention = 2 * seq_len * heads * head width
     gradient of the input = parameters + 2 * attention, and what is computed again
     gradient of the weights = parameters
+    a layer whose hidden states are compared: its projection twice and once more
     """
     parameters, attention, head = count_layers(student_config, seq_len=config.data.seq_len)
     teacher_parameters, teacher_attention, teacher_head = count_layers(
@@ -73,12 +75,20 @@ def count_work(config: Config, teacher_config: PretrainedConfig, student_config:
         "selective": attention,
         "full": _add(parameters, attention),
     }[config.train.recompute]
+    # A mapped layer's projection runs forward and twice backward, all of it in the student's backward.
+    projection = [0.0] * len(parameters)
+    hidden = config.loss.hidden
+    if hidden.is_on and hidden.projection == "learned":
+        for layer in mapped_layers(hidden, len(parameters)):
+            projection[layer] = float(student_config.hidden_size * teacher_config.hidden_size)
     # The student's head runs forward and twice backward, the teacher's once, and not at all without a soft loss.
     heads = 3 * head + (teacher_head if config.needs_teacher else 0)
     return Profile(
         forward=Layers(_add(parameters, attention)),
-        backward_input=Layers(_add(parameters, attention, attention, again), last_s=heads),
-        backward_weight=Layers(parameters),
+        backward_input=Layers(
+            _add(parameters, attention, attention, again, projection, projection), last_s=heads
+        ),
+        backward_weight=Layers(_add(parameters, projection)),
         teacher=Layers(_add(teacher_parameters, teacher_attention)),
         step=Layers([0.0] * len(parameters)),
     )

@@ -1,9 +1,10 @@
 """Adam's moments over a cut: each entry that the new student has from the one before keeps its own.
 
 Decides that moments follow the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
-have, and that what came back from the teacher, or is a factor of a low rank on either side, starts without any. Weights come from the cut student's folder. A cut of
-the residual width rescales norms (`distill.prune`); their moments keep the old scale, which AdamW forgets within
-1 / (1 - beta) steps. One whole tensor is in memory at a time.
+have, and that what came back from the teacher, is a factor of a low rank on either side, or is trained beside the model
+(projections) starts without any. Weights come from the cut student's folder. A cut of the residual width rescales norms
+(`distill.prune`); their moments keep the old scale, which AdamW forgets within 1 / (1 - beta) steps. One whole tensor is
+in memory at a time.
 """
 
 from __future__ import annotations

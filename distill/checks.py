@@ -34,6 +34,7 @@ _POSITIVE = (
     "student.sparsity.steps",
     "student.low_rank.params",
     "loss.top_k",
+    "loss.hidden.every",
     "mesh.pp",
     "mesh.tp",
     "pipeline.virtual_stages",
@@ -68,6 +69,8 @@ _WORDS = {
     "student.sparsity.method": (None, "magnitude", "wanda"),
     "student.sparsity.pattern": ("unstructured", "2:4"),
     "student.sparsity.schedule": ("at_once", "cubic", "linear"),
+    "loss.hidden.kind": ("mse", "cosine"),
+    "loss.hidden.projection": ("learned", "none"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl"),
     "pipeline.schedule": ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     "pipeline.teacher": ("fill", "inline", "batch"),
@@ -182,9 +185,11 @@ def _check_values(flat: dict[str, Any]) -> None:
 
 
 def _check_schedules(loss: Loss) -> None:
-    """Check every value that the temperature and alpha take."""
-    for name in ("temperature", "alpha"):
-        number, shown = getattr(loss, name), show(config_to_dict(loss)[name])
+    """Check every value that the temperature, alpha and the weight of the hidden states take."""
+    numbers = {"temperature": loss.temperature, "alpha": loss.alpha, "hidden.weight": loss.hidden.weight}
+    typed = flatten(config_to_dict(loss))
+    for name, number in numbers.items():
+        shown = show(typed[name])
         if isinstance(number, Stages) and min(number.values, default=-1) != 0:
             raise ConfigError(
                 f"loss.{name}={shown} must name step 0 as the first, as in values: {{0: ..., 100: ...}}"
@@ -194,6 +199,8 @@ def _check_schedules(loss: Loss) -> None:
                 raise ConfigError(f"loss.{name}={shown} must be greater than 0")
             if name == "alpha" and not 0 <= value <= 1:
                 raise ConfigError(f"loss.{name}={shown} is outside 0 to 1")
+            if name == "hidden.weight" and not 0 <= value < math.inf:
+                raise ConfigError(f"loss.{name}={shown} must be 0 or more")
 
 
 def _check_related(flat: dict[str, Any]) -> None:
@@ -204,6 +211,7 @@ def _check_related(flat: dict[str, Any]) -> None:
     _check_low_rank(flat)
     if flat["student.prune.target_params"] is not None:
         budget_of(flat["student.prune.target_params"], 10**12)
+    _check_pairs(flat["loss.hidden.layers"])
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -274,6 +282,15 @@ def _check_weights(weights: Any, paths: Any) -> None:
         )
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ConfigError(f"data.weights={show(weights)} must each be 0 or more, and one of them more")
+
+
+def _check_pairs(pairs: list[list[int]] | None) -> None:
+    students = [student for student, _ in pairs or ()]
+    if pairs is not None and (not pairs or len(set(students)) < len(students) or min(map(min, pairs)) < 0):
+        raise ConfigError(
+            f"loss.hidden.layers={show(pairs)} must be pairs [student's layer, teacher's layer] from 0 up, each layer of "
+            "the student once, or null"
+        )
 
 
 def _check_virtual_stages(flat: dict[str, Any]) -> None:

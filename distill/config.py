@@ -107,6 +107,25 @@ class Student:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    weight: float | Ramp | Stages = 0.0
+    """Weight of the distance between hidden states, added to the loss: its mean over the mapped layers; 0 or more, 0 is off. A number, or a mapping as for `temperature`."""
+    kind: str = "mse"
+    """`mse` = |P h_s - h_t|^2 / |h_t|^2 of each token, so that all layers count alike, or `cosine` = 1 - cos(P h_s, h_t)."""
+    every: int = 4
+    """Each n-th layer of the student, counted from the last, is compared with its counterpart."""
+    layers: tuple[tuple[int, int], ...] | None = None
+    """Pairs [student's layer, teacher's layer] to compare in place of `every`; null takes the layer that a student's layer was cut from, else the one of the same relative depth."""
+    projection: str = "learned"
+    """What brings the student's width to the teacher's: `learned` = a matrix P for each mapped layer, trained with the student and then dropped; `none` compares the channels themselves, of which a pruned student has some."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the weight is above 0 at any step."""
+        return max(extremes(self.weight)) > 0
+
+
+@dataclass(frozen=True)
 class Loss:
     kind: str = "forward_kl"
     """Soft loss by its formula, p the teacher and q the student: `forward_kl` = KL(p || q), `reverse_kl` = KL(q || p), `jsd` = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, `skew_kl` = KL(p || skew p + (1 - skew) q), `tvd` = sum |p - q| / 2, `top_k_kl` = KL over the teacher's `top_k` most likely ids and all others as one."""
@@ -120,11 +139,14 @@ class Loss:
     """Weight of the teacher in the mixture of `skew_kl`, 0.001 to 0.999; low leans to `forward_kl`."""
     top_k: int = 64
     """Ids that `top_k_kl` tells apart, the teacher's most likely ones; fewer than the vocabulary has."""
+    hidden: Hidden = field(default_factory=Hidden)
+    """A further term: the student's hidden states against the teacher's."""
 
     def at(self, step: int, num_steps: int) -> Loss:
         """Return the settings of step `step` (from 0) of a round of `num_steps`, with numbers for what changes."""
         temperature, alpha = (value_at(each, step, num_steps) for each in (self.temperature, self.alpha))
-        return replace(self, temperature=temperature, alpha=alpha)
+        hidden = replace(self.hidden, weight=value_at(self.hidden.weight, step, num_steps))
+        return replace(self, temperature=temperature, alpha=alpha, hidden=hidden)
 
 
 @dataclass(frozen=True)
@@ -303,7 +325,7 @@ class Config:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss looks at the teacher at any step."""
-        return min(extremes(self.loss.alpha)) < 1
+        return min(extremes(self.loss.alpha)) < 1 or self.loss.hidden.is_on
 
     @property
     def num_microbatches(self) -> int:

@@ -216,11 +216,11 @@ def _describe(hint: Any) -> str:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the branches of `over` laid over it."""
+    """Return `base` with the branches of `over` laid over it; what is a branch, `base` says, which has all keys."""
     merged = dict(base)
     for name, value in over.items():
         below = merged.get(name)
-        branches = isinstance(value, Mapping) and isinstance(below, Mapping) and not is_schedule(value)
+        branches = isinstance(value, Mapping) and isinstance(below, Mapping) and not is_schedule(below)
         merged[name] = _merge(below, value) if branches else value
     return merged
 

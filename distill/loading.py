@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
 from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.hidden_map import check_widths, kept_of
 from distill.model_checks import check_models
 from distill.pretrained import load_config, load_tokenizer, resolve_model
 from distill.ranks import find_targets
@@ -98,6 +99,16 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
         student_folder = fetch(config.student.model, "student.model")
         ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
     student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
+    same_origin = origin_folder == teacher_folder
+    known = first_rank_does(
+        mesh, lambda: kept_of(student_folder, config.teacher.model, same_origin=same_origin) is not None
+    )
+    check_widths(
+        config,
+        student_width=student_config.hidden_size,
+        teacher_width=teacher_config.hidden_size,
+        is_cut=same_origin if lineage.cuts else known,
+    )
     try:
         split = split_models(config, teacher_config, student_config)
     except UnsupportedModel as error:

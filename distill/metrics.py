@@ -49,6 +49,7 @@ _NAMES = {
     "loss_total": "loss/total",
     "loss_hard": "loss/hard",
     "loss_soft": "loss/soft",
+    "loss_hidden": "loss/hidden",
     "loss_temperature": "loss/temperature",
     "loss_alpha": "loss/alpha",
     "grad_norm": "optim/grad_norm",
@@ -76,6 +77,8 @@ class StepMetrics:
     loss_hard: float
     loss_soft: float
     """Nats per valid token; the soft loss with its T^2."""
+    loss_hidden: float
+    """Distance of the hidden states, a mean over layers and valid tokens; 0 where it has no weight."""
     loss_temperature: float
     loss_alpha: float
     """Of this step."""

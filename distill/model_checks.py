@@ -20,7 +20,7 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
         teacher, student: `PretrainedConfig`s; the student's is the pruned one when it is pruned from the teacher.
     Raises:
         ConfigError: more stages than layers, heads that tp does not divide, vocabularies that differ, rows longer
-            than the model's positions, `loss.top_k` ids or fewer in the vocabulary.
+            than the model's positions, `loss.top_k` ids or fewer in the vocabulary, pairs of layers that are not there.
     """
     models = {"teacher": teacher.get_text_config(), "student": student.get_text_config()}
     virtual_stages = config.pipeline.virtual_stages
@@ -56,6 +56,18 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
             f"loss.top_k={config.loss.top_k} must be less than vocab_size={sizes['teacher']} of the teacher; "
             f"use at most {sizes['teacher'] - 1}, or loss.kind=forward_kl"
         )
+    if config.loss.hidden.is_on:
+        _check_pairs(config, models)
+
+
+def _check_pairs(config: Config, models: dict[str, Any]) -> None:
+    pairs = config.loss.hidden.layers or ()
+    for place, who in enumerate(("student", "teacher")):
+        last = models[who].num_hidden_layers - 1
+        if any(pair[place] > last for pair in pairs):
+            raise ConfigError(
+                f"loss.hidden.layers={show(pairs)} names a layer that the {who} does not have; use 0 to {last} for it"
+            )
 
 
 def _check_heads(tp: int, models: dict[str, Any]) -> None:

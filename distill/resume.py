@@ -2,7 +2,7 @@
 
 Decides: a round with the student of the round before goes on from its weights and moments, bit for bit; one that cuts its
 student anew takes the weights from the cut folder (so that a master of a bfloat16 run is rounded once, there) and cuts
-the moments by the same indices (`distill.carry`), unless they are reset.
+the moments by the same indices (`distill.carry`), unless they are reset. Projections of hidden states begin anew there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill.carry import carry_moments
 from distill.config import Config, ConfigError
+from distill.hidden_map import PROJECTION
 from distill.prune import load_kept
 from distill.rounds import Progress
 from distill.session import Session
@@ -65,14 +66,24 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
     try:
         if not begins or not recut:
-            # Where a round begins it may hold other weights at zero than the one before.
-            checkpoint.restore(found, optimizer, session.step.mesh, other_mask=begins)
+            checkpoint.restore(
+                found,
+                optimizer,
+                session.step.mesh,
+                optional=lambda name: begins and _of_a_round(name),
+            )
             if begins and moments == "reset":
                 optimizer.reset_moments()
         elif moments == "keep":
             _carry(found, session)
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
+
+
+def _of_a_round(name: str) -> bool:
+    """Whether a round may have a checkpoint's tensor where the round before has none, or another: masks, projections."""
+    kind, _, parameter = name.partition("/")
+    return kind == "mask" or parameter.startswith(PROJECTION)
 
 
 def _carry(found: Path, session: Session) -> None:

@@ -19,6 +19,7 @@ from distill.candidates import JUDGED_ROWS
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import num_parameters
+from distill.hidden_loss import open_hidden
 from distill.judging import Judge, load_tasks
 from distill.loading import (
     Corpus,
@@ -69,6 +70,8 @@ class Session:
         """End the threads and let go of the process groups. Collectives: none."""
         self.step.close()
         self.step.links.close()
+        if self.step.hidden is not None:
+            self.step.hidden.close()
         self.judge.links.close()
 
 
@@ -151,9 +154,18 @@ def bind_step(
     Args:
         teacher, students: this rank's stages.
         batches: step -> this replica's micro-batches.
-    Collectives: those of making and timing `Links`, and of `StageOptimizer`.
+    Raises:
+        ConfigError: the hidden states of these models cannot be compared as the settings say.
+    Collectives: those of `open_hidden`, of `StageOptimizer`, and of making and timing `Links`.
     """
-    optimizer = StageOptimizer.of_stages(students, mesh, _adamw(config), _learning_rate(config))
+    hidden = open_hidden(config, mesh, models, teacher=teacher, students=students)
+    optimizer = StageOptimizer.of_stages(
+        students,
+        mesh,
+        _adamw(config),
+        _learning_rate(config),
+        beside=None if hidden is None else hidden.entries,
+    )
     links = Links(mesh, _traffic(config, students, teacher), num_stages=len(models.split.student))
     latency_s = links.measure_latency()
     planner = Planner(config, mesh, num_slices=models.split.num_slices, latency=latency_s)
@@ -166,6 +178,7 @@ def bind_step(
         loss=partial(config.loss.at, num_steps=config.train.steps),
         links=links,
         batches=batches,
+        hidden=hidden,
     )
     return step, planner
 

@@ -9,7 +9,6 @@ of the whole step, known before the first backward.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,13 +21,14 @@ from torch import Tensor
 from distill.config import Loss
 from distill.data import MicroBatch, Window
 from distill.divergences import divergence_of
+from distill.hidden_loss import HiddenTerm
 from distill.losses import Head, fused_distillation_loss
 from parallel.collectives import all_reduce_
 from parallel.gradients import grad_target
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import StageOptimizer
-from parallel.pipeline.actions import Action, Kind, Plan
+from parallel.pipeline.actions import Action, Kind, Plan, whole_backwards
 from parallel.pipeline.course import Course
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import Links, Message
@@ -69,6 +69,8 @@ class StepStats:
     """Cross-entropy, nats per valid token."""
     soft: float
     """T^2 times the divergence, nats per valid token; 0 where alpha is 1."""
+    hidden: float
+    """Distance of the hidden states; 0 where it has no weight."""
     total: float
     temperature: float
     alpha: float
@@ -108,6 +110,7 @@ class DistillationStep:
         loss: step -> its kind, temperature and alpha, in numbers.
         links: channels to the neighbour stages.
         batches: the micro-batches of an optimizer step, on this replica; asked ahead of the step.
+        hidden: the hidden-state term, which needs the teacher; None without one.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class DistillationStep:
         loss: Callable[[int], Loss],
         links: Links,
         batches: Callable[[int], Sequence[MicroBatch]],
+        hidden: HiddenTerm | None = None,
     ) -> None:
         self.mesh, self.loss, self.links, self.optimizer, self.course = mesh, loss, links, optimizer, course
         self.student_models, self.teacher_model = students, teacher
@@ -129,6 +133,9 @@ class DistillationStep:
         }
         self.teacher = ForwardStage(teacher) if teacher is not None else None
         self._window = Window(batches, mesh.device)
+        self.hidden = hidden
+        if hidden is not None:
+            hidden.attach(self.students.values(), self.teacher, self._window.step)
         self._whole: frozenset[Action] = frozenset()
         self._student_hidden: dict[int, Tensor] = {}
         self._signals: dict[int, Tensor] = {}
@@ -162,6 +169,8 @@ class DistillationStep:
         count = self._executor.beside(lambda: self._count_tokens(tokens))
         self._now = _Progress(step, self.loss(step), count, zero.clone(), zero.clone())
         self.optimizer.zero_grad()
+        if self.hidden is not None:
+            self.hidden.begin(step, self._now.loss.hidden.weight, count.result)
         busy_s = 0.0
         for plan, first_microbatch in self.course.of(step):
             self.last_plan, self._num_microbatches = plan, plan.shape.num_microbatches
@@ -320,30 +329,22 @@ class DistillationStep:
         return action.stage == max(self.students)
 
     def _stats(self, step_s: float, busy_s: float) -> StepStats:
-        mine = torch.stack([self._now.hard, self._now.soft]) / self.mesh.tp.size
-        report = torch.cat([mine.cpu(), torch.tensor([max(0.0, 1 - busy_s / step_s)], dtype=torch.float64)])
-        report = report.to(self.mesh.device)
+        far = torch.zeros_like(self._now.hard) if self.hidden is None else self.hidden.sum
+        mine = torch.stack([self._now.hard, self._now.soft, far]) / self.mesh.tp.size
+        report = torch.cat([mine, mine.new_tensor([max(0.0, 1 - busy_s / step_s)])])
         all_reduce_(report, self.mesh.world)
-        hard, soft, idle = report.tolist()
-        temperature, alpha = self._now.loss.temperature, self._now.loss.alpha
+        hard, soft, hidden, idle = report.tolist()
+        loss = self._now.loss
         return StepStats(
             hard=hard,
             soft=soft,
-            total=alpha * hard + (1 - alpha) * soft,
-            temperature=temperature,
-            alpha=alpha,
+            hidden=hidden,
+            total=loss.alpha * hard + (1 - loss.alpha) * soft + loss.hidden.weight * hidden,
+            temperature=loss.temperature,
+            alpha=loss.alpha,
             grad_norm=self._now.norm.item(),
             learning_rate=self._now.learning_rate,
             num_valid_tokens=self._now.num_valid_tokens.result(),
             step_s=step_s,
             bubble_fraction=idle / self.mesh.world.size,
         )
-
-
-def whole_backwards(actions: Sequence[Action]) -> frozenset[Action]:
-    """Return the `B` actions that their own `W` follows directly: they run as one backward."""
-    return frozenset(
-        first
-        for first, second in itertools.pairwise(actions)
-        if first.kind is Kind.B and second == first._replace(kind=Kind.W)
-    )

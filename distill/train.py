@@ -258,6 +258,7 @@ def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes:
         loss_total=stats.total,
         loss_hard=stats.hard,
         loss_soft=stats.soft,
+        loss_hidden=stats.hidden,
         loss_temperature=stats.temperature,
         loss_alpha=stats.alpha,
         grad_norm=stats.grad_norm,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -231,11 +232,18 @@ def open_files(folder: Path, manifest: Manifest) -> CheckpointFiles:
     return CheckpointFiles(folder / Path(name).name for name in sorted(manifest.files))
 
 
-def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh, *, other_mask: bool = False) -> Manifest:
+def restore(
+    folder: Path,
+    optimizer: StageOptimizer,
+    mesh: Mesh,
+    *,
+    optional: Callable[[str], bool] = lambda name: False,
+) -> Manifest:
     """Load this rank's masters, moments and mask, bit for bit, and refresh the parameters.
 
     Args:
-        other_mask: whether the checkpoint may hold a mask where the optimizer has none, and the other way round.
+        optional: tensor's name (`mask/...`, `weight/...`) -> whether it is loaded only where the checkpoint and the
+            optimizer both have it, in one shape; elsewhere it is left as it is.
     Raises:
         CheckpointError: a broken file, a tensor that is missing, left over or of another shape; a rank whose own part is
             sound raises another rank's.
@@ -247,10 +255,8 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh, *, other_mask: 
     try:
         manifest = read_manifest(folder)
         with open_files(folder, manifest) as files:
-            left = files.names
-            if other_mask:
-                left -= {name for name in left if name.startswith("mask/")}
-            names = _load(files, optimizer, other_mask=other_mask)
+            left = frozenset(name for name in files.names if not optional(name))
+            names = _load(files, optimizer, optional)
     except CheckpointError as error:
         found = CheckpointError(f"{folder}: {error}")
     reports = gather_objects((names, found), mesh.world)
@@ -266,13 +272,14 @@ def restore(folder: Path, optimizer: StageOptimizer, mesh: Mesh, *, other_mask: 
 
 
 @torch.no_grad()
-def _load(files: CheckpointFiles, optimizer: StageOptimizer, *, other_mask: bool) -> set[str]:
+def _load(files: CheckpointFiles, optimizer: StageOptimizer, optional: Callable[[str], bool]) -> set[str]:
     """Fill the optimizer's state; return the names that were read."""
     names = set()
     for entry, views in optimizer.state():
         for kind, view in views.items():
             name = tensor_name(kind, entry)
-            if other_mask and kind == "mask" and name not in files.names:
+            fits = name in files.names and files.shape(name) == entry.full_shape
+            if not fits and optional(name):
                 continue
             if name not in files.names:
                 raise CheckpointError(f"there is no tensor {name!r}; {_OTHER}")

@@ -20,7 +20,7 @@ The four pieces are separate because a plan places them: `reduce` (parts of it e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -120,9 +120,14 @@ class StageOptimizer:
         learning_rate: LearningRate,
         *,
         bucket_bytes: int = 25 * 1024**2,
+        beside: Callable[[StageModel], list[Entry]] | None = None,
     ) -> StageOptimizer:
-        """Return the optimizer of everything that is trainable in a rank's stages, which ascend."""
-        tables = [parameter_table(stage) for stage in stages]
+        """Return the optimizer of everything that is trainable in a rank's stages, which ascend.
+
+        Args:
+            beside: stage -> what is trained with it and is no part of the model; named like no parameter of it.
+        """
+        tables = [parameter_table(stage) + (beside(stage) if beside else []) for stage in stages]
         return StageOptimizer(tables, mesh, options, learning_rate, bucket_bytes=bucket_bytes)
 
     @property

@@ -8,6 +8,7 @@ Knows no order and no time: `schedules` makes orders, `lower` adds the messages,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -283,3 +284,12 @@ def format_grid(
 def error_at(plan: Plan, rank: int, position: int, message: str) -> PlanError:
     """Return a PlanError that shows the plan around one place."""
     return PlanError(f"{message}\n\n{format_grid(plan.ranks, mark=(rank, position))}")
+
+
+def whole_backwards(actions: Sequence[Action]) -> frozenset[Action]:
+    """Return the `B` actions that their own `W` follows directly: they run as one backward."""
+    return frozenset(
+        first
+        for first, second in itertools.pairwise(actions)
+        if first.kind is Kind.B and second == first._replace(kind=Kind.W)
+    )

@@ -34,6 +34,8 @@ class TrainStage:
 
     def __init__(self, model: StageModel) -> None:
         self.model = model
+        self.running: int | None = None
+        """The micro-batch whose forward runs, for hooks on the model; None when a backward recomputes a layer, too."""
         self._kept: dict[int, _Kept] = {}
         self._entered: dict[int, Node] | None = None
         self._weight_work: dict[int, list[Callable[[], None]]] = {}
@@ -61,12 +63,12 @@ class TrainStage:
             x = x.detach().requires_grad_()
             # A node of its own: autograd treats a leaf like a parameter, and would not come to it last.
             enters = x.view_as(x)
-        self._entered = {}
+        self._entered, self.running = {}, microbatch
         try:
             output = self.model(enters, position_ids_BS)
             self._kept[microbatch] = _Kept(x, output, self._entered)
         finally:
-            self._entered = None
+            self._entered = self.running = None
         return output.detach()
 
     def backward(
@@ -110,6 +112,8 @@ class ForwardStage:
 
     def __init__(self, model: StageModel) -> None:
         self.model = model
+        self.running: int | None = None
+        """The micro-batch whose forward runs, for hooks on the model; None when somebody else calls it."""
         self._between: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -119,7 +123,11 @@ class ForwardStage:
         """Run slice `part`; `x` is needed by slice 0 only. Returns the stage's output after its last slice, else None."""
         if part > 0:
             x = self._between.pop(microbatch)
-        hidden = self.model(x, position_ids_BS, part=part)
+        self.running = microbatch
+        try:
+            hidden = self.model(x, position_ids_BS, part=part)
+        finally:
+            self.running = None
         if part == self.model.num_slices - 1:
             return hidden
         self._between[microbatch] = hidden

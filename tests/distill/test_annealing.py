@@ -40,3 +40,6 @@ def test_a_number_stands_still() -> None:
 def test_a_group_of_keys_is_no_schedule() -> None:
     assert is_schedule({"kind": "linear"}) and is_schedule({"kind": "steps", "values": {}})
     assert not is_schedule({"kind": "forward_kl", "temperature": 2.0}) and not is_schedule(3.0)
+    assert not is_schedule({"kind": "cosine", "weight": 1.0}), (
+        "a group whose kind has the name of a schedule's"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill.balance import count_layers, count_work, split_models
-from distill.config import Config, ConfigError, Data, Loss, MeshShape, Pipeline, Train
+from distill.config import Config, ConfigError, Data, Hidden, Loss, MeshShape, Pipeline, Train
 from distill.costs import Profile, Split, stage_costs, stage_sums
 from parallel.pipeline.partition import Layers
 from tests.families import factored_config, tiny_config
@@ -67,6 +67,11 @@ def test_the_count_is_that_of_the_formulas() -> None:
     full = count_work(replace(CONFIG, train=replace(CONFIG.train, recompute="full")), TEACHER, STUDENT)
     assert full.backward_input.layer_s == [2 * parameters + 3 * scores] * 6
     assert count_work(changed(loss=1.0), TEACHER, STUDENT).backward_input.last_s == 3 * 97 * 32
+    compared = replace(CONFIG, loss=Loss(hidden=Hidden(weight=1.0, layers=((4, 0),))))
+    with_projection = count_work(compared, tiny_config("qwen3", num_hidden_layers=8, hidden_size=48), STUDENT)
+    for part, times in (("forward", 0), ("backward_input", 2), ("backward_weight", 1)):
+        added = zip(getattr(with_projection, part).layer_s, getattr(work, part).layer_s, strict=True)
+        assert [more - less for more, less in added] == [0, 0, 0, 0, times * 32 * 48, 0]
 
 
 def test_heads_and_loss_weigh_on_the_last_stage() -> None:

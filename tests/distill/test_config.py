@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from distill.annealing import Ramp, Stages
-from distill.config import Config, ConfigError, Loss, MeshShape, Train
+from distill.config import Config, ConfigError, Hidden, Loss, MeshShape, Train
 
 
 def test_settings_are_frozen() -> None:
@@ -33,6 +33,8 @@ def test_a_teacher_is_needed_if_the_soft_loss_counts_at_any_step() -> None:
         (Stages("steps", {0: 1.0, 50: 0.9, 60: 1.0}), True),
     ):
         assert Config(loss=Loss(alpha=alpha)).needs_teacher is needed
+    for weight, needed in ((0.0, False), (1.0, True), (Ramp("linear", 0.0, 0.1), True)):
+        assert Config(loss=Loss(alpha=1.0, hidden=Hidden(weight=weight))).needs_teacher is needed
 
 
 def test_the_loss_of_a_step_has_numbers() -> None:
@@ -41,6 +43,8 @@ def test_the_loss_of_a_step_has_numbers() -> None:
     )
     assert loss.at(2, 5) == Loss(kind="jsd", temperature=3.0, alpha=1.0, beta=0.2)
     assert loss.at(4, 5) == Loss(kind="jsd", temperature=1.0, alpha=0.5, beta=0.2)
+    hidden = Hidden(weight=Ramp("linear", 0.0, 4.0), kind="cosine")
+    assert Loss(hidden=hidden).at(1, 5) == Loss(hidden=Hidden(weight=1.0, kind="cosine"))
 
 
 def test_a_mistake_is_a_value_error() -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from distill.annealing import EXAMPLE, Ramp, Stages
-from distill.config import Config, ConfigError, Loss, Optimizer
+from distill.config import Config, ConfigError, Hidden, Loss, Optimizer
 from distill.convert import config_from_dict, config_to_dict, flatten, known_keys, round_config, show
 
 
@@ -118,6 +118,16 @@ def test_schedules_are_values_there_and_back() -> None:
     over = {"loss": {"temperature": {"kind": "steps", "values": {0: 3}}, "alpha": 0.25}}
     replaced = round_config(replace(config, rounds=(over,)), 0).loss
     assert (replaced.temperature, replaced.alpha) == (Stages("steps", {0: 3.0}), 0.25)
+
+
+def test_a_group_whose_kind_has_the_name_of_a_schedules_is_a_group() -> None:
+    config = config_from_dict({"loss": {"hidden": {"weight": 2, "kind": "mse"}}})
+    for over in ({"kind": "cosine"}, {"kind": "cosine", "weight": 2}):
+        settings = round_config(replace(config, rounds=({"loss": {"hidden": over}},)), 0)
+        assert settings.loss.hidden == Hidden(weight=2.0, kind="cosine")
+        assert "loss.hidden.kind" in flatten(config_to_dict(settings))
+    pairs = config_from_dict({"loss": {"hidden": {"layers": [[0, 1], [2, 3]]}}})
+    assert pairs.loss.hidden.layers == ((0, 1), (2, 3))
 
 
 def test_flatten_keeps_lists_whole() -> None:

@@ -15,8 +15,8 @@ from distill.config import Config, ConfigError, Log, MeshShape, Run, Train
 from distill.metrics import RunLog, StepMetrics, duration
 
 CONTRACT = [
-    *("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft", "loss/temperature"),
-    *("loss/alpha", "optim/grad_norm", "optim/lr"),
+    *("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft"),
+    *("loss/hidden", "loss/temperature", "loss/alpha", "optim/grad_norm", "optim/lr"),
     *("time/step_s", "throughput/tokens_per_s", "pipeline/bubble_fraction"),
     *("pipeline/planned_bubble_fraction", "pipeline/planned_step_s", "memory/peak_bytes"),
 ]
@@ -35,6 +35,7 @@ def numbers(step: int, loss: float = 3.0) -> StepMetrics:
         loss_total=loss,
         loss_hard=4.0,
         loss_soft=2.0,
+        loss_hidden=0.5,
         loss_temperature=2.5,
         loss_alpha=0.25,
         grad_norm=1.5,

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from distill.annealing import Ramp, Stages
 from distill.config import Loss
 from distill.data import IGNORE
-from distill.step import head_of, messages, whole_backwards
+from distill.step import head_of, messages
 from parallel.mesh import Axis, Mesh
 from parallel.model import build_stage
-from parallel.pipeline.actions import Action, Kind, parse
+from parallel.pipeline.actions import Kind
 from parallel.pipeline.executor import ActionFailed
 from parallel.pipeline.p2p import Message
 from tests.equivalence.trajectory import (
@@ -211,13 +211,6 @@ def _two_ways(folders: dict[str, str]) -> list[str]:
 
 def test_split_backwards_train_bit_for_bit_like_whole_ones(folders: dict[str, str]) -> None:
     assert run_distributed(2, _two_ways, folders) == [[], []]
-
-
-def test_whole_backwards_are_those_directly_followed_by_their_own_w() -> None:
-    text = "0F0 0B0 0W0 0B1 0B2 0W2 0W1 0B3 1W3 0SEND_B3 0W3 0B4"
-    actions = [parse(word) for word in text.split()]
-    assert whole_backwards(actions) == {parse("0B0"), parse("0B2")}
-    assert whole_backwards([]) == whole_backwards([Action(0, Kind.B, 0)]) == frozenset()
 
 
 def test_messages_have_the_width_and_dtype_of_their_model() -> None:

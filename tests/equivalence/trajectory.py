@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.config import Loss
+from distill.annealing import value_at
+from distill.config import Hidden, Loss
+from distill.costs import Split
 from distill.data import IGNORE, MicroBatch
+from distill.hidden_loss import HiddenTerm
+from distill.hidden_map import Pair, first_projection, layer_pairs
 from distill.step import DistillationStep, StepStats, messages
 from parallel.checkpoint import Saver
 from parallel.mesh import Axis, Mesh
-from parallel.model import StageModel, build_stage
+from parallel.model import StageModel, build_stage, split_layers
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
 from parallel.pipeline.actions import Plan
 from parallel.pipeline.course import Course
 from parallel.pipeline.fill import fill_teacher
-from parallel.pipeline.p2p import Links
+from parallel.pipeline.p2p import Links, Message
 from parallel.pipeline.schedules import make_plan
 from parallel.pipeline.simulate import Costs
 from parallel.weights import gather_tensor, load_weights
@@ -86,6 +92,28 @@ class Case:
     """Of a global batch."""
     twin: bool = False
     """The teacher is the student's own model."""
+    hidden: Hidden = field(default_factory=Hidden)
+    """The hidden-state term of the loss."""
+    student_layers: tuple[int, ...] | None = None
+    teacher_layers: tuple[int, ...] | None = None
+    """Layers on each stage; None evens them out."""
+    bucket_bytes: int = 25 * 1024**2
+    """Of gradients that are reduced in one piece."""
+
+    @property
+    def split(self) -> Split:
+        """The layers of each stage of both models."""
+        teacher = STUDENTS[self.student] if self.twin else TEACHER
+        return Split(
+            _ranges(STUDENTS[self.student], self.student_layers, self.pp * self.virtual_stages),
+            _ranges(teacher, self.teacher_layers, self.pp),
+        )
+
+
+def _ranges(config: PretrainedConfig, counts: tuple[int, ...] | None, num_stages: int) -> tuple[range, ...]:
+    if counts is None:
+        return tuple(split_layers(config.num_hidden_layers, num_stages))
+    return tuple(range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,8 @@ class Trajectory:
     losses: list[tuple[float, float, float]]
     norms: list[float]
     parameters: dict[str, Tensor]
+    hidden: list[float]
+    """The hidden-state term of each step, without its weight."""
 
 
 SINGLE = Case(1, 1, 1, "1f1b", "inline", "tied", 4)
@@ -129,14 +159,26 @@ def load_stages(
     """Build and load this rank's stages of the student, and its stage of the teacher."""
     shared = {"tp": mesh.tp, "dtype": dtype, "compile_layers": case.compiled}
     num_stages = case.pp * case.virtual_stages
+    split = case.split
     students = [
         build_stage(
-            STUDENTS[case.student], pp=Axis("stage", num_stages, stage), recompute=case.recompute, **shared
+            STUDENTS[case.student],
+            pp=Axis("stage", num_stages, stage),
+            owned=split.student[stage],
+            recompute=case.recompute,
+            **shared,
         )
         for stage in range(mesh.pp.rank, num_stages, case.pp)
     ]
     config, source = (STUDENTS[case.student], case.student) if case.twin else (TEACHER, "teacher")
-    teacher = build_stage(config, pp=mesh.pp, trainable=False, num_slices=case.slices, **shared)
+    teacher = build_stage(
+        config,
+        pp=mesh.pp,
+        owned=split.teacher[mesh.pp.rank],
+        trainable=False,
+        num_slices=case.slices,
+        **shared,
+    )
     for student in students:
         load_weights(student, Path(folders[case.student]))
     load_weights(teacher, Path(folders[source]))
@@ -163,6 +205,38 @@ def plan_of(case: Case, *, teacher: str | None) -> Plan:
     return fill_teacher(plan, COSTS, num_slices=case.slices) if teacher == "fill" else plan
 
 
+def pairs_of(hidden: Hidden, student: PretrainedConfig, teacher: PretrainedConfig) -> list[Pair]:
+    """Return the layers that are compared."""
+    return layer_pairs(
+        hidden, student_layers=student.num_hidden_layers, teacher_layers=teacher.num_hidden_layers
+    )
+
+
+def projection_of(layer: int, student: PretrainedConfig, teacher: PretrainedConfig) -> Tensor:
+    """Return what a layer's projection starts as."""
+    widths = {"student_width": student.hidden_size, "teacher_width": teacher.hidden_size}
+    return first_projection(layer, **widths, channels=None, seed=7)
+
+
+def hidden_term(
+    case: Case, mesh: Mesh, students: list[StageModel], teacher: StageModel, hidden: Hidden
+) -> HiddenTerm | None:
+    """Build this rank's part of the hidden-state term."""
+    if not hidden.is_on:
+        return None
+    configs = students[0].config, teacher.config
+    rows = case.rows // (case.dp * case.num_microbatches)
+    return HiddenTerm(
+        mesh,
+        pairs_of(hidden, *configs),
+        split=case.split,
+        message=Message((rows, SEQ_LEN, teacher.config.hidden_size), next(teacher.parameters()).dtype),
+        kind=hidden.kind,
+        students=students,
+        first=(lambda layer: projection_of(layer, *configs)) if hidden.projection == "learned" else None,
+    )
+
+
 def make_step(
     case: Case,
     folders: dict[str, str],
@@ -179,15 +253,24 @@ def make_step(
     students, teacher = load_stages(case, folders, mesh, dtype)
     rows = case.rows // (case.dp * case.num_microbatches)
     traffic = messages(students[0], teacher, rows=rows, seq_len=SEQ_LEN)
+    hidden = hidden_term(case, mesh, students, teacher, loss.hidden)
     return DistillationStep(
         mesh=mesh,
         students=students,
         teacher=teacher if with_teacher else None,
-        optimizer=StageOptimizer.of_stages(students, mesh, ADAMW, RATE),
+        optimizer=StageOptimizer.of_stages(
+            students,
+            mesh,
+            ADAMW,
+            RATE,
+            bucket_bytes=case.bucket_bytes,
+            beside=hidden.entries if hidden else None,
+        ),
         course=Course(plan_of(case, teacher=case.teacher if with_teacher else None), num_steps=num_steps),
         loss=partial(loss.at, num_steps=num_steps),
         links=Links(mesh, traffic, num_stages=case.pp * case.virtual_stages),
         batches=lambda step: share_of(batch_at(step), case, mesh),
+        hidden=hidden,
     )
 
 
@@ -217,11 +300,15 @@ def run_case(
     case: Case, folders: dict[str, str], mesh: Mesh, dtype: torch.dtype = torch.float64
 ) -> Trajectory:
     """Run the framework's step five times in the case's layout; parameters are this rank's stage, whole tensors."""
-    step = make_step(case, folders, mesh, dtype=dtype)
+    step = make_step(case, folders, mesh, dtype=dtype, loss=replace(LOSS, hidden=case.hidden))
     stats = train(step, range(STEPS))
+    if step.hidden is not None:
+        # Refuses to close while anything waits.
+        step.hidden.close()
     return Trajectory(
         losses=[(s.total, s.hard, s.soft) for s in stats],
         norms=[s.grad_norm for s in stats],
+        hidden=[s.hidden for s in stats],
         parameters={
             entry.name + ("@tied" if entry.is_tied_copy else ""): gather_tensor(
                 entry.parameter.detach(), entry
@@ -237,12 +324,48 @@ def run_cases(cases: list[Case], folders: dict[str, str]) -> list[Trajectory]:
     return [run_case(case, folders, mesh) for case in cases]
 
 
-def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
+class _Outputs:
+    """What the decoder layers of a model made last."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.last: dict[int, Tensor] = {}
+        for layer, module in enumerate(model.model.layers):
+            module.register_forward_hook(lambda _, __, output, at=layer: self.last.__setitem__(at, output))
+
+
+def _plain_hidden(
+    hidden: Hidden,
+    outputs: tuple[_Outputs, _Outputs],
+    pair: Pair,
+    projections: dict[int, Tensor],
+    valid: Tensor,
+) -> Tensor:
+    """Return the mean distance over the valid tokens of one pair of layers."""
+    ours, theirs = outputs[0].last[pair.student].flatten(0, 1), outputs[1].last[pair.teacher].flatten(0, 1)
+    if pair.student in projections:
+        ours = F.linear(ours, projections[pair.student])
+    if hidden.kind == "cosine":
+        distance = 1 - F.cosine_similarity(ours, theirs, dim=-1)
+    else:
+        distance = (ours - theirs).pow(2).mean(-1) / theirs.pow(2).mean(-1)
+    return distance[valid].sum() / valid.sum()
+
+
+def run_reference(student: str, folders: dict[str, str], hidden: Hidden | None = None) -> Trajectory:
     """Run the same steps with plain transformers models, torch's AdamW and the loss written as its formula."""
+    hidden = hidden or Hidden()
     model, teacher = tiny_model(STUDENTS[student]), tiny_model(TEACHER)
     for target, name in ((model, student), (teacher, "teacher")):
         load_model(target, Path(folders[name]) / "model.safetensors")
-    groups = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    outputs = _Outputs(model), _Outputs(teacher)
+    pairs = pairs_of(hidden, STUDENTS[student], TEACHER) if hidden.is_on else []
+    projections = {
+        pair.student: torch.nn.Parameter(projection_of(pair.student, STUDENTS[student], TEACHER))
+        for pair in pairs
+        if hidden.projection == "learned"
+    }
+    trained = [*model.parameters(), *projections.values()]
+    groups = [[p for p in trained if (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(
         [
             {"params": groups[0], "weight_decay": ADAMW.weight_decay},
@@ -251,7 +374,7 @@ def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
         betas=ADAMW.betas,
         eps=ADAMW.eps,
     )
-    losses, norms = [], []
+    losses, norms, distances = [], [], []
     for step in range(STEPS):
         batch = batch_of(step)
         inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
@@ -266,14 +389,21 @@ def run_reference(student: str, folders: dict[str, str]) -> Trajectory:
         log_p = torch.log_softmax(teacher_logits[valid] / LOSS.temperature, dim=-1)
         soft = LOSS.temperature**2 * (log_p.exp() * (log_p - log_q)).sum() / count
         total = LOSS.alpha * hard + (1 - LOSS.alpha) * soft
+        far = sum(_plain_hidden(hidden, outputs, pair, projections, valid) for pair in pairs) / max(
+            1, len(pairs)
+        )
+        total = total + value_at(hidden.weight, step, STEPS) * far
         optimizer.zero_grad()
         total.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, ADAMW.clip).item())
         for group in optimizer.param_groups:
             group["lr"] = RATE.at(step)
         optimizer.step()
         losses.append((total.item(), hard.item(), soft.item()))
-    return Trajectory(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
+        distances.append(far.item() if value_at(hidden.weight, step, STEPS) > 0 else 0.0)
+    parameters = dict(model.named_parameters())
+    parameters |= {f"hidden_projection.{layer}.weight": each for layer, each in projections.items()}
+    return Trajectory(losses, norms, {name: p.detach() for name, p in parameters.items()}, distances)
 
 
 def save_now(

@@ -17,6 +17,7 @@ from parallel.pipeline.actions import (
     format_grid,
     parse,
     peer_stage,
+    whole_backwards,
 )
 
 SHAPE = Shape(num_ranks=4, num_stages=4, num_microbatches=3, num_slices=2)
@@ -161,3 +162,10 @@ def test_the_planner_starts_without_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_whole_backwards_are_those_directly_followed_by_their_own_w() -> None:
+    text = "0F0 0B0 0W0 0B1 0B2 0W2 0W1 0B3 1W3 0SEND_B3 0W3 0B4"
+    actions = [parse(word) for word in text.split()]
+    assert whole_backwards(actions) == {parse("0B0"), parse("0B2")}
+    assert whole_backwards([]) == whole_backwards([Action(0, Kind.B, 0)]) == frozenset()

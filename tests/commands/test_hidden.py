@@ -1,0 +1,70 @@
+"""Whole runs with the hidden-state term: rounds with and without it, a student that is cut in between, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from distill.prune import load_kept
+from launch import distill
+from tests.commands.tiny_run import Inputs, call, metrics, weights
+
+ROUNDS = (
+    "rounds=[{},{loss:{hidden:{weight:1.0,every:1}}},{loss:{hidden:{weight:0.5,every:1}},optimizer:{lr:2e-4}},"
+    "{student:{prune:{num_layers:2}},loss:{hidden:{weight:1.0,every:1,projection:none,kind:cosine}}}]"
+)
+SETTINGS = ("student.prune.hidden_size=24", "train.steps=3", "checkpoint.keep=9", ROUNDS)
+
+
+def _projections(folder: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if "hidden_proj" in name}  # noqa: SIM118
+    return found
+
+
+def test_rounds_turn_the_term_on_go_on_with_it_and_cut(inputs: Inputs, tmp_path: Path) -> None:
+    done = call(distill.COMMAND, inputs.settings(tmp_path, *SETTINGS))
+    assert done.code == 0, done.err
+    lines = metrics(tmp_path)
+    assert [line["round"] for line in lines] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for line in lines:
+        weight = (0.0, 1.0, 0.5, 1.0)[line["round"]]
+        assert (line["loss/hidden"] > 0) == (weight > 0)
+        parts = 0.3 * line["loss/hard"] + 0.7 * line["loss/soft"] + weight * line["loss/hidden"]
+        assert abs(line["loss/total"] - parts) < 1e-9
+    saved = {step: _projections(tmp_path / "checkpoints" / f"step-{step:08d}") for step in (3, 6, 9, 12)}
+    assert not saved[3] and not saved[12]
+    names = {
+        f"{kind}/hidden_projection.{n}.weight"
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for n in range(3)
+    }
+    assert saved[6].keys() == saved[9].keys() == names
+    start_ED = torch.zeros(32, 24)
+    start_ED[load_kept(tmp_path / "round-1")[0].hidden, torch.arange(24)] = 1.0
+    for layer in range(3):
+        learned = saved[6][f"weight/hidden_projection.{layer}.weight"] - start_ED
+        assert 0 < learned.abs().max() < 0.01, "three steps from the channels that the student was cut to"
+    moved = [
+        (saved[9][name] - saved[6][name]).abs().max().item() for name in names if name.startswith("weight")
+    ]
+    assert all(0 < each < 0.01 for each in moved), "the third round goes on with those of the second"
+    assert not any("hidden_projection" in name for name in weights(tmp_path / "student"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["metrics"]["loss/hidden"] == lines[-1]["loss/hidden"]
+
+
+def test_mistakes_are_found_before_weights_are_read(inputs: Inputs, tmp_path: Path) -> None:
+    for overrides, words in (
+        (["loss.hidden.layers=[[3,0]]"], "loss.hidden.layers=[[3,0]] names a layer that the student does not have; use 0 to 2"),
+        (["loss.hidden.layers=[[2,4]]"], "loss.hidden.layers=[[2,4]] names a layer that the teacher does not have; use 0 to 3"),
+        (["loss.hidden.layers=[2,4]"], "loss.hidden.layers=[2,4] must be a list of entries that are each a list of 2"),
+    ):  # fmt: skip
+        done = call(distill.COMMAND, inputs.settings(tmp_path / "run", "loss.hidden.weight=1", *overrides))
+        assert done.code == 2 and done.errors[0].startswith(f"error: {words}"), done.err

@@ -1,0 +1,90 @@
+"""Which layers are compared, what projections start as, and whether a student's kept units say anything of a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.config import Config, ConfigError, Hidden, Loss
+from distill.hidden_map import check_widths, first_projection, kept_of, layer_pairs, mapped_layers
+from distill.kept import Kept
+from distill.prune import KEPT_FILE, KEPT_FOLDER
+
+KEPT = Kept(
+    hidden=torch.tensor([0, 2, 5]),
+    ffn={layer: torch.tensor([0]) for layer in (0, 3, 4, 7)},
+    groups={layer: torch.tensor([0]) for layer in (0, 3, 4, 7)},
+    layers=(0, 3, 4, 7),
+)
+WIDTHS = {"student_width": 3, "teacher_width": 6}
+
+
+def test_every_nth_layer_from_the_last_one_down() -> None:
+    assert mapped_layers(Hidden(), 10) == [1, 5, 9]
+    assert mapped_layers(Hidden(every=1), 3) == [0, 1, 2]
+    assert mapped_layers(Hidden(every=9), 3) == [2]
+    assert mapped_layers(Hidden(layers=((3, 0), (1, 1))), 9) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sizes", "kept", "expected"),
+    [
+        (Hidden(every=1), (4, 8), None, [(0, 1), (1, 3), (2, 5), (3, 7)]),
+        (Hidden(every=2), (4, 5), None, [(1, 1), (3, 4)]),
+        (Hidden(every=1), (4, 8), KEPT, [(0, 0), (1, 3), (2, 4), (3, 7)]),
+        (Hidden(every=3), (4, 8), KEPT, [(0, 0), (3, 7)]),
+        (Hidden(layers=((2, 1), (0, 7))), (4, 8), KEPT, [(0, 7), (2, 1)]),
+        # A deep student of a shallow teacher: never above the first layer, the last one at the last.
+        (Hidden(every=1), (5, 2), None, [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]),
+    ],
+)
+def test_counterparts(
+    hidden: Hidden, sizes: tuple[int, int], kept: Kept | None, expected: list[tuple[int, int]]
+) -> None:
+    pairs = layer_pairs(hidden, student_layers=sizes[0], teacher_layers=sizes[1], kept=kept)
+    assert [tuple(pair) for pair in pairs] == expected
+
+
+def test_a_projection_starts_where_it_is_right() -> None:
+    stream = torch.arange(12.0, dtype=torch.float64).view(2, 6)
+    cut = first_projection(3, **WIDTHS, channels=KEPT.hidden, seed=0)
+    kept_only = stream * torch.tensor([1, 0, 1, 0, 0, 1])
+    assert torch.equal(stream[:, KEPT.hidden] @ cut.t(), kept_only), (
+        "each channel is where the teacher has it"
+    )
+    equal = first_projection(3, student_width=6, teacher_width=6, channels=None, seed=0)
+    assert torch.equal(equal, torch.eye(6, dtype=torch.float64))
+    wide = {"student_width": 64, "teacher_width": 256}
+    drawn = [
+        first_projection(layer, **wide, channels=None, seed=seed) for layer, seed in ((3, 0), (3, 1), (4, 0))
+    ]
+    assert torch.equal(drawn[0], first_projection(3, **wide, channels=None, seed=0))
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_kept_units_count_where_the_student_is_a_cut_of_this_teacher(tmp_path: Path) -> None:
+    assert kept_of(tmp_path, "big", same_origin=True) is None
+    (tmp_path / KEPT_FOLDER).mkdir()
+    KEPT.save(tmp_path / KEPT_FOLDER / KEPT_FILE, {"teacher": "big"})
+    found = kept_of(tmp_path, "big", same_origin=True)
+    assert found is not None and found.layers == KEPT.layers
+    assert kept_of(tmp_path, "other", same_origin=True) is None
+    assert kept_of(tmp_path, "big", same_origin=False) is None
+
+
+def test_no_projection_needs_channels_to_compare() -> None:
+    config = Config(loss=Loss(hidden=Hidden(weight=1.0, projection="none")))
+    with pytest.raises(ConfigError) as caught:
+        check_widths(config, **WIDTHS, is_cut=False)
+    assert str(caught.value) == (
+        "loss.hidden.projection=none needs one hidden_size, but the student has 3, the teacher 6, and the student was "
+        "not cut out of it; use learned"
+    )
+    check_widths(config, **WIDTHS, is_cut=True)
+    check_widths(config, student_width=6, teacher_width=6, is_cut=False)
+    for hidden in (Hidden(projection="none"), Hidden(weight=1.0)):
+        check_widths(replace(config, loss=Loss(hidden=hidden)), **WIDTHS, is_cut=False)
