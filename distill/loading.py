@@ -107,7 +107,7 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
         config,
         student_width=student_config.hidden_size,
         teacher_width=teacher_config.hidden_size,
-        is_cut=same_origin if lineage.cuts else known,
+        is_cut=same_origin if ready is None else known,
     )
     try:
         split = split_models(config, teacher_config, student_config)
