@@ -37,6 +37,7 @@ CONTRACT_NAMES = (
     "loss/total",
     "loss/hard",
     "loss/soft",
+    "loss/hidden",
     "loss/temperature",
     "loss/alpha",
     "optim/grad_norm",
