@@ -241,7 +241,8 @@ def test_a_student_that_is_its_teacher_is_at_no_distance(folders: dict[str, str]
         )
         batch = step._window.step(0)[0]
         for model in (*step.student_models, step.teacher_model):
-            model(batch.input_ids_BS, batch.position_ids_BS)
+            with torch.no_grad():
+                model(batch.input_ids_BS, batch.position_ids_BS)
         assert step.hidden.handover.num_waiting == 0
         (stats,) = train(step, range(1))
         assert stats.hidden == 0 and stats.grad_norm < 1e-12
