@@ -150,6 +150,8 @@ def _round(running: _Run) -> str:
     with checkpoint.Saver(running.checkpoints, optimizer, mesh, keep=config.checkpoint.keep) as saver:
         _judge_start(running, session)
         if not _train(running, session, saver):
+            # Not the links: what the teacher has sent ahead is still under way.
+            session.step.close()
             return "stopped"
         figures = _judge_student(running, session, with_choices=True)
     following = _follows(running, figures["eval/loss"])
