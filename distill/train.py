@@ -13,7 +13,7 @@ import gc
 import math
 import resource
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ class _Run:
     rounds: tuple[Config, ...]
     mesh: Mesh
     stop: Stop
-    log: RunLog
     progress: Progress
     resumed: Path | None
     """The checkpoint that this process began with."""
+    log: RunLog = field(init=False)
+    """Opened when the first round's models are loaded: a mistake leaves no log behind."""
     sparsity: dict[str, Any] | None = None
     """Pattern and share of the weights that the latest student holds at zero."""
 
@@ -105,35 +106,37 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
         write_config(config)
     resumed, progress = find_checkpoint(config, mesh)
+    running = _Run(config, rounds, mesh, stop, progress, resumed)
+    session: Session | None = _open(running)
     with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step) as log:
         stop.call_before_kill(log.save_buffers)
-        running = _Run(config, rounds, mesh, stop, log, progress, resumed)
-        while True:
-            what = _round(running)
+        running.log = log
+        while (what := _round(running, session)) == "next":
+            session = None
             # The models of a round are in cycles, and the next one's need their memory.
             gc.collect()
-            if what == "stopped":
-                step = running.progress.step
-                log.say(
-                    f"stopped after step {step} of {running.total_steps}; the same command goes on from there"
-                )
-                return log.finish({"finished": False})
-            if what == "end":
-                summary = {}
-                if mesh.world.is_first:
-                    summary = run_summary(log, config, rounds, running.progress, sparsity=running.sparsity)
-                return broadcast_object(log.finish(summary), mesh.world)
+            session = _open(running)
+        if what == "stopped":
+            step = running.progress.step
+            log.say(
+                f"stopped after step {step} of {running.total_steps}; the same command goes on from there"
+            )
+            return log.finish({"finished": False})
+        summary = {}
+        if mesh.world.is_first:
+            summary = run_summary(log, config, rounds, running.progress, sparsity=running.sparsity)
+        return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _round(running: _Run) -> str:
-    """Train a round once, from where it is; return `stopped`, `end`, or `next` when there is more to train."""
-    config, settings, mesh, progress = running.config, running.settings, running.mesh, running.progress
+def _open(running: _Run) -> Session:
+    """Return the round's session, with what it takes over from the checkpoint that it goes on from."""
+    settings, mesh, progress = running.settings, running.mesh, running.progress
     lineage = lineage_of(running.rounds, progress.round)
     session = open_session(
         settings,
         mesh,
         lineage,
-        judging=config,
+        judging=running.config,
         first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
     )
     running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
@@ -145,6 +148,12 @@ def _round(running: _Run) -> str:
         take_over(found, settings, session, begins=begins, recut=recut)
     if session.sparsifier is not None:
         session.sparsifier.begin()
+    return session
+
+
+def _round(running: _Run, session: Session) -> str:
+    """Train a round once, from where it is; return `stopped`, `end`, or `next` when there is more to train."""
+    config, settings, mesh, progress = running.config, running.settings, running.mesh, running.progress
     _say_start(running, session)
     optimizer = session.step.optimizer
     with checkpoint.Saver(running.checkpoints, optimizer, mesh, keep=config.checkpoint.keep) as saver:
