@@ -17,8 +17,9 @@ from distill.config import Config
 from distill.data import MicroBatch
 from distill.evaluate import evaluate
 from distill.levels import Figures, Levels
-from distill.loading import Corpus, Models, first_rank_does
+from distill.loading import Models, first_rank_does
 from distill.pretrained import load_tokenizer
+from distill.rows import Corpus
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.p2p import Links

@@ -1,6 +1,6 @@
-"""What a run reads: where the models are, this rank's stages of them, and the rows of the corpus.
+"""What a run reads of its models: where they are, and this rank's stages of them.
 
-Decides that rank 0 fetches and tokenises while the others wait, that a mistake it finds is raised on every rank, and that
+Decides that rank 0 fetches while the others wait, that a mistake it finds is raised on every rank, and that
 what configs alone can show is refused before weights are read.
 """
 
@@ -16,15 +16,13 @@ from transformers import PretrainedConfig
 
 from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
-from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
 from distill.hidden_map import check_widths, kept_of
 from distill.model_checks import check_models
-from distill.pretrained import load_config, load_tokenizer, resolve_model
+from distill.pretrained import load_config, resolve_model
 from distill.ranks import find_targets
 from distill.rounds import Lineage, lineage_of
 from distill.search import Candidate, candidate_shapes
 from distill.shape import planned_config
-from distill.stream import Beginning, Stream
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
@@ -291,67 +289,3 @@ def load_student(
         layers=models.split.student,
     )
     return stages, student_config
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The rows to train on, calibrate with and judge by."""
-
-    train: Stream
-    held_out: Rows
-    calibrating: Rows | Beginning
-    """What scores are measured on: rows in the order of the text, or of the mixture."""
-
-    def calibration(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
-        """Return this replica's calibration micro-batches."""
-        return self._sequence(self.calibrating, config.student.prune.calibration_rows, config, mesh)
-
-    def judging(self, config: Config, mesh: Mesh, *, most: int | None = None) -> list[MicroBatch]:
-        """Return this replica's held-out micro-batches, of `most` rows at most if it is given."""
-        rows = config.evaluate.rows if most is None else min(config.evaluate.rows, most)
-        return self._sequence(self.held_out, rows, config, mesh)
-
-    @staticmethod
-    def _sequence(rows: Rows | Beginning, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
-        batches = sequential_microbatches(
-            rows,
-            microbatch_size=config.train.microbatch_size,
-            num_rows=min(num_rows, len(rows)),
-            dp_rank=mesh.dp.rank,
-            dp_size=mesh.dp.size,
-        )
-        return [batch.to(mesh.device) for batch in batches]
-
-
-def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
-    """Tokenise the corpus on rank 0 (or find it in the cache) and open it on every rank.
-
-    Raises:
-        ConfigError: no usable text.
-    Collectives: broadcasts over the world.
-    """
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.teacher.trust_remote_code)
-    data = config.data
-
-    def rows(part: str, source: int | None, *, show_progress: bool) -> Rows:
-        return load_rows(
-            data,
-            tokenizer,
-            part=part,
-            seed=config.train.seed,
-            cache_dir=Path(data.cache_dir) / "corpora",
-            source=source,
-            show_progress=show_progress,
-        )
-
-    wanted: list[tuple[str, int | None]] = [("held_out", None)]
-    if data.weights is None:
-        wanted.append(("train", None))
-    else:
-        wanted += [("train", source) for source, weight in enumerate(data.weights) if weight]
-    first_rank_does(mesh, lambda: [len(rows(*each, show_progress=True)) for each in wanted])
-    held_out, *sources = (rows(*each, show_progress=False) for each in wanted)
-    if data.weights is None:
-        return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
-    stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
-    return Corpus(stream, held_out, Beginning(stream, stream.num_rows))

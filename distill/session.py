@@ -22,10 +22,8 @@ from distill.evaluate import num_parameters
 from distill.hidden_loss import open_hidden
 from distill.judging import Judge, load_tasks
 from distill.loading import (
-    Corpus,
     Models,
     find_models,
-    load_corpus,
     load_origin,
     load_student,
     load_teacher,
@@ -35,6 +33,7 @@ from distill.lowrank import factorise_student
 from distill.planning import Planner
 from distill.pretrained import load_config
 from distill.rounds import Lineage
+from distill.rows import Corpus, load_corpus
 from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher

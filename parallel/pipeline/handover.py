@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,10 @@ from parallel.background import Background
 from parallel.mesh import Mesh
 from parallel.pipeline.buffers import BufferPool
 from parallel.pipeline.p2p import Message
+
+_PATIENCE = timedelta(days=30)
+"""How long a send may wait for its receiver, who may be judging a model before the step that takes it; the group's own limit
+is for who waits for a message."""
 
 
 class Route(NamedTuple):
@@ -71,7 +77,7 @@ class _Outgoing:
                 self._settle_one()
         else:
             # A gloo send says that it is complete only to who waits for it.
-            self.waiter.give(self._settle_one)
+            self.waiter.give(partial(self._settle_one, _PATIENCE))
 
     def finish(self) -> None:
         """Wait until all that was sent has been received, and let the thread end."""
@@ -80,9 +86,9 @@ class _Outgoing:
             self._settle_one()
         self.waiter.close()
 
-    def _settle_one(self) -> None:
+    def _settle_one(self, *timeout: timedelta) -> None:
         # Raises what went wrong.
-        self.under_way[0][0].wait()
+        self.under_way[0][0].wait(*timeout)
         self.under_way.popleft()
 
 

@@ -1,4 +1,4 @@
-"""Point-to-point traffic between neighbouring stages. All pipeline traffic of the project is here.
+"""Point-to-point traffic between neighbouring stages. All messages that plans name are here; beside them: `handover`.
 
 Decides: one process group for each directed edge and each kind of traffic (student forward, student backward, teacher),
 so that a message that is late never blocks another kind; sends return at once; receives are posted ahead in the plan's

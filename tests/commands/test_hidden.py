@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 
 from distill.prune import load_kept
 from launch import distill
-from tests.commands.tiny_run import Inputs, call, metrics, weights
+from tests.commands.tiny_run import Inputs, call, largest_difference, metrics, start, weights
 
 ROUNDS = (
     "rounds=[{},"
@@ -72,3 +74,31 @@ def test_mistakes_are_found_before_weights_are_read(inputs: Inputs, tmp_path: Pa
     ):  # fmt: skip
         done = call(distill.COMMAND, inputs.settings(tmp_path / "run", "loss.hidden.weight=1", *overrides))
         assert done.code == 2 and done.errors[0].startswith(f"error: {words}"), done.err
+
+
+@pytest.mark.slow
+def test_two_stages_stopped_with_the_teacher_ahead_go_on_like_one_rank(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """Ctrl-C comes while hidden states of the next step are under way."""
+    term = ("train.steps=40", "loss.hidden.weight=1.0", "loss.hidden.layers=[[0,3],[1,1],[2,0]]")
+    one = call(distill.COMMAND, inputs.settings(tmp_path / "one", *term))
+    assert one.code == 0, one.err
+    arguments = inputs.settings(tmp_path / "two", *term, "mesh.pp=2")
+    first = start("launch.distill", arguments, num_ranks=2)
+    first.until("step  6/")
+    first.ctrl_c()
+    done = first.end()
+    assert done.code == 128 + signal.SIGINT and "Traceback" not in done.err, done.err
+    assert "plan: the teacher's next batch fills" in done.out
+    assert 6 <= len(metrics(tmp_path / "two")) < 40, "the signal came too late to show anything"
+    again = start("launch.distill", arguments, num_ranks=2).end(timeout_s=200)
+    assert again.code == 0 and "going on after step" in again.out, again.err
+    ours, theirs = (
+        [
+            [line[name] for name in ("loss/hidden", "loss/total", "optim/grad_norm")]
+            for line in metrics(tmp_path / run)
+        ]
+        for run in ("two", "one")
+    )
+    assert largest_difference(ours, theirs) < 1e-4

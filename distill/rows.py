@@ -1,0 +1,80 @@
+"""The rows of a run: to train on, to calibrate with, and to judge by.
+
+Decides that rank 0 tokenises while the others wait, and that all sources of a mixture share what is held out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.config import Config
+from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.loading import first_rank_does
+from distill.pretrained import load_tokenizer
+from distill.stream import Beginning, Stream
+from parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The rows to train on, calibrate with and judge by."""
+
+    train: Stream
+    held_out: Rows
+    calibrating: Rows | Beginning
+    """What scores are measured on: rows in the order of the text, or of the mixture."""
+
+    def calibration(self, config: Config, mesh: Mesh) -> list[MicroBatch]:
+        """Return this replica's calibration micro-batches."""
+        return self._sequence(self.calibrating, config.student.prune.calibration_rows, config, mesh)
+
+    def judging(self, config: Config, mesh: Mesh, *, most: int | None = None) -> list[MicroBatch]:
+        """Return this replica's held-out micro-batches, of `most` rows at most if it is given."""
+        rows = config.evaluate.rows if most is None else min(config.evaluate.rows, most)
+        return self._sequence(self.held_out, rows, config, mesh)
+
+    @staticmethod
+    def _sequence(rows: Rows | Beginning, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
+        batches = sequential_microbatches(
+            rows,
+            microbatch_size=config.train.microbatch_size,
+            num_rows=min(num_rows, len(rows)),
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+        )
+        return [batch.to(mesh.device) for batch in batches]
+
+
+def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
+    """Tokenise the corpus on rank 0 (or find it in the cache) and open it on every rank.
+
+    Raises:
+        ConfigError: no usable text.
+    Collectives: broadcasts over the world.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=config.teacher.trust_remote_code)
+    data = config.data
+
+    def rows(part: str, source: int | None, *, show_progress: bool) -> Rows:
+        return load_rows(
+            data,
+            tokenizer,
+            part=part,
+            seed=config.train.seed,
+            cache_dir=Path(data.cache_dir) / "corpora",
+            source=source,
+            show_progress=show_progress,
+        )
+
+    wanted: list[tuple[str, int | None]] = [("held_out", None)]
+    if data.weights is None:
+        wanted.append(("train", None))
+    else:
+        wanted += [("train", source) for source, weight in enumerate(data.weights) if weight]
+    first_rank_does(mesh, lambda: [len(rows(*each, show_progress=True)) for each in wanted])
+    held_out, *sources = (rows(*each, show_progress=False) for each in wanted)
+    if data.weights is None:
+        return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
+    stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
+    return Corpus(stream, held_out, Beginning(stream, stream.num_rows))
