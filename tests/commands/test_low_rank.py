@@ -49,6 +49,7 @@ def test_the_export_is_the_trained_student(inputs: Inputs, merged: Path, tmp_pat
         assert f"{expected['parameters']:,}" in cells or folder == merged / "student"
 
 
+@pytest.mark.slow
 def test_two_stages_are_one_run(inputs: Inputs, merged: Path, tmp_path: Path) -> None:
     arguments = inputs.settings(tmp_path / "run", *WANTED, "mesh.pp=2")
     done = start("launch.distill", arguments, num_ranks=2).end(timeout_s=200)

@@ -122,9 +122,11 @@ def test_what_was_dropped_comes_back_from_the_teacher(inputs: Inputs, grown: Pat
     ("rounds", "place", "call_number"),
     [
         (SHRINKS, "parallel.checkpoint.write_shards", 3),  # in the second round
-        (SHRINKS, "distill.train.export_round", 1),  # the first round's student is not there yet
+        pytest.param(
+            SHRINKS, "distill.train.export_round", 1, marks=pytest.mark.slow
+        ),  # the first round's student is not there yet
         (SHRINKS, "distill.resume.carry_moments", 1),  # the second round has not begun
-        (GROWS, "parallel.checkpoint.write_shards", 4),
+        pytest.param(GROWS, "parallel.checkpoint.write_shards", 4, marks=pytest.mark.slow),
         (GROWS, "distill.recut.write_student", 1),
     ],
 )

@@ -78,7 +78,7 @@ def on_shards(num_ranks: int) -> tuple[list[float], list[float], dict[str, dict[
     return found, left, broken
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_value_and_gradients_agree_with_the_formula_on_shards_and_show_a_broken_reduction(
     num_ranks: int,
 ) -> None:

@@ -72,6 +72,7 @@ def test_scores_do_not_depend_on_the_layout(folder: Path) -> None:
     _check_layouts(folder, run_distributed(2, _in_layouts, folder, LAYOUTS))
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_layout_of_four(folder: Path) -> None:
     _check_layouts(folder, run_distributed(4, _in_layouts, folder, [{"pp": 2, "dp": 1, "tp": 2}]))
 
