@@ -38,7 +38,23 @@ def fake_run(how: str, config: Config, mesh: Any, stop: Stop) -> dict[str, Any]:
         for step in range(1, config.train.steps + 1):
             time.sleep(0.05)
             numbers = StepMetrics(
-                step, 0, 100 * step, 3.0, 4.0, 2.0, 2.0, 0.3, 1.0, 1e-4, 0.05, 2000.0, 0.1, 0.1, 0.05, 1000
+                step=step,
+                round=0,
+                tokens=100 * step,
+                loss_total=3.0,
+                loss_hard=4.0,
+                loss_soft=2.0,
+                loss_hidden=0.0,
+                loss_temperature=2.0,
+                loss_alpha=0.3,
+                grad_norm=1.0,
+                lr=1e-4,
+                step_s=0.05,
+                tokens_per_s=2000.0,
+                bubble_fraction=0.1,
+                planned_bubble_fraction=0.1,
+                planned_step_s=0.05,
+                peak_bytes=1000,
             )
             log.step(numbers, total_steps=config.train.steps)
             wants = torch.tensor([float(stop.requested)])
