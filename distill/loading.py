@@ -56,8 +56,9 @@ class Models:
 
     teacher_folder: Path
     teacher_config: PretrainedConfig
+    origin: str
+    """The model that all cuts of the run refer to, as the settings name it: the first round's teacher."""
     origin_folder: Path
-    """Of the model that all cuts of the run refer to: the first round's teacher."""
     origin_config: PretrainedConfig
     student_folder: Path
     """For a student that is still to be cut: where it will be."""
@@ -114,6 +115,7 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     return Models(
         teacher_folder=teacher_folder,
         teacher_config=teacher_config,
+        origin=lineage.origin,
         origin_folder=origin_folder,
         origin_config=origin_config,
         student_folder=student_folder,

@@ -212,7 +212,8 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
     origin = teacher if models.origin_folder == models.teacher_folder else load_origin(config, mesh, models)
     with closing(_forward_links(config, mesh, models, (), origin)) as links:
         return prune_teacher(
-            config,
+            # What is scored, cut and remembered is the origin, whoever teaches the round.
+            replace(config, teacher=replace(config.teacher, model=models.origin)),
             mesh,
             teacher=origin,
             teacher_config=models.origin_config,
