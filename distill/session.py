@@ -32,7 +32,7 @@ from distill.loading import (
 from distill.lowrank import factorise_student
 from distill.planning import Planner
 from distill.pretrained import load_config
-from distill.rounds import Lineage
+from distill.rounds import Lineage, lineage_of
 from distill.rows import Corpus, load_corpus
 from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
@@ -100,17 +100,12 @@ def open_session(
         dp_size=mesh.dp.size,
     )
     teacher = load_teacher(config, mesh, models)
-    prune_s = 0.0
-    if models.needs_cut:
-        prune_s = prune_for(config, mesh, models, corpus, teacher)
-        planned, models = models.split, with_pruned_student(config, models)
-        if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
-            # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
-            del teacher
-            teacher = load_teacher(config, mesh, models)
-    if config.student.low_rank.is_asked:
-        models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
-        prune_s += low_rank_s
+    planned = models.split
+    models, prune_s = _shape_student(config, mesh, models, corpus, teacher, lineage)
+    if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
+        # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
+        del teacher
+        teacher = load_teacher(config, mesh, models)
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data
@@ -198,6 +193,23 @@ def _forward_links(
     return Links(mesh, forward, num_stages=len(models.split.student))
 
 
+def _shape_student(
+    config: Config, mesh: Mesh, models: Models, corpus: Corpus, teacher: StageModel, lineage: Lineage
+) -> tuple[Models, float]:
+    """Cut and factor the student as far as that is asked for and not done; return the models split for it, and the seconds.
+
+    Collectives: those of `prune_for` and `factorise_for`.
+    """
+    seconds = 0.0
+    if models.needs_cut:
+        seconds = prune_for(config, mesh, models, corpus, teacher)
+        models = with_pruned_student(config, models)
+    if config.student.low_rank.is_asked:
+        models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
+        seconds += low_rank_s
+    return models, seconds
+
+
 def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teacher: StageModel) -> float:
     """Cut the student into `models.student_folder`, if it is not there; return the seconds it took.
 
@@ -281,12 +293,11 @@ def make_student(config: Config, mesh: Mesh) -> Path:
         ConfigError: a mistake in the settings, the teacher or the corpus.
     Collectives: those of loading and scoring the teacher.
     """
-    models = replace(find_models(config, mesh), student_folder=Path(config.run.dir) / "student")
+    lineage = lineage_of([config], 0)
+    models = replace(find_models(config, mesh, lineage), student_folder=Path(config.run.dir) / "student")
     corpus = load_corpus(config, mesh, models.teacher_folder)
     teacher = load_teacher(config, mesh, models)
-    prune_for(config, mesh, models, corpus, teacher)
-    if config.student.low_rank.is_asked:
-        models, _ = factorise_for(config, mesh, models, corpus)
+    models, _ = _shape_student(config, mesh, models, corpus, teacher, lineage)
     return models.student_folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launch import distill, evaluate
+from launch import distill, evaluate, prune
 from tests.commands.tiny_run import Inputs, call, losses, start, weights
 
 WANTED = ("student.low_rank.ratio=0.6", "train.steps=4", "checkpoint.every=2", "train.dtype=float64")
@@ -47,6 +47,16 @@ def test_the_export_is_the_trained_student(inputs: Inputs, merged: Path, tmp_pat
         cells = [cell.strip() for cell in row.split("|")]
         assert {f"{expected[name]:.4g}" for name in ("perplexity", "agreement", "loss", "kl")} <= set(cells)
         assert f"{expected['parameters']:,}" in cells or folder == merged / "student"
+
+
+def test_the_student_alone_is_the_one_that_a_run_begins_with(
+    inputs: Inputs, merged: Path, tmp_path: Path
+) -> None:
+    done = call(prune.COMMAND, inputs.settings(tmp_path, *WANTED))
+    assert done.code == 0, done.err
+    assert weights(tmp_path / "factored").keys() == weights(merged / "factored").keys()
+    for name, expected in weights(merged / "factored").items():
+        assert torch.equal(weights(tmp_path / "factored")[name], expected)
 
 
 @pytest.mark.slow
