@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from distill.recording import Recorder
 from distill.scores import Measured, Piece, Scores, unite
 from distill.structure import MATRICES, Parts, Sizes, Unit
 from parallel.mesh import Mesh
@@ -99,13 +99,13 @@ def weight_scores(layers: Mapping[int, nn.Module], sizes: Sizes, method: str = "
     return measured
 
 
-class ActivationRecorder:
+class ActivationRecorder(Recorder):
     """Measure activations of decoder layers while it is entered as a context (method `activation`).
 
     Tell it which positions count before each micro-batch, then run the layers forward:
 
         with ActivationRecorder(layers, sizes) as recorder:
-            recorder.expect(valid_BS)
+            recorder.look_at(batch)
             model(...)
         scores = gather_scores(recorder.measured, mesh)
 
@@ -124,16 +124,10 @@ class ActivationRecorder:
         channels: bool = True,
         influence: bool = True,
     ) -> None:
+        super().__init__()
         self.layers, self.sizes, self._channels, self._influence = layers, sizes, channels, influence
         self.measured = Measured("activation", sizes)
         self._sums: dict[tuple[int, str], Tensor] = {}
-        self._valid_BS: Tensor | None = None
-        self._hooks: list[RemovableHandle] = []
-
-    def expect(self, valid_BS: Tensor) -> None:
-        """Set which positions of the coming micro-batch count. Args: valid_BS: bool [B, S]."""
-        assert valid_BS.dtype == torch.bool and valid_BS.dim() == 2, (valid_BS.dtype, valid_BS.shape)
-        self._valid_BS = valid_BS
 
     def __enter__(self) -> Self:
         for index, layer in self.layers.items():
@@ -153,18 +147,9 @@ class ActivationRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        super().__exit__(kind, error, trace)
         if error is None:
             self._finish()
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return the activations [T, K] at the positions that count, float32 at least."""
-        valid = self._valid_BS
-        assert valid is not None, "expect(valid_BS) was not called before the forward"
-        assert x.shape[:-1] == valid.shape, (tuple(x.shape), tuple(valid.shape))
-        return x.detach()[valid.to(x.device)].to(torch.promote_types(x.dtype, torch.float32))
 
     @torch.no_grad()
     def _on_input(self, index: int, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

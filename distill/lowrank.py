@@ -35,7 +35,7 @@ from transformers import PretrainedConfig
 
 from distill.atomic import build_once
 from distill.config import Config
-from distill.data import IGNORE, MicroBatch
+from distill.data import MicroBatch
 from distill.forward import run_forward
 from distill.model_checks import not_finite
 from distill.moments import SecondMoments
@@ -188,7 +188,7 @@ def _measure(
             links,
             microbatches,
             students=students,
-            before=lambda batch: moments.expect(batch.labels_BS != IGNORE),
+            before=moments.look_at,
         )
     moments.add_replicas()
     return moments

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from distill.ranks import Target
+from distill.recording import Recorder
 from distill.structure import MATRICES, Unit
 from parallel.collectives import all_gather, all_reduce_, shard_range, shard_sizes
 from parallel.mesh import Mesh
@@ -34,11 +33,11 @@ def _reads(target: Target) -> tuple[int, str]:
     return target.layer, target.module.partition(".")[0] if shares else target.module
 
 
-class SecondMoments:
+class SecondMoments(Recorder):
     """Measure the inputs of linears while it is entered as a context.
 
         with SecondMoments(stages, targets, mesh) as moments:
-            moments.expect(valid_BS)
+            moments.look_at(batch)
             model(...)
         moments.whole(target)
 
@@ -49,21 +48,15 @@ class SecondMoments:
     """
 
     def __init__(self, stages: Sequence[StageModel], targets: Iterable[Target], mesh: Mesh) -> None:
+        super().__init__()
         self._mesh = mesh
         self._modules: dict[tuple[int, str], nn.Module] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
-        self._valid_BS: Tensor | None = None
-        self._hooks: list[RemovableHandle] = []
         layers = {index: layer for stage in stages for index, layer in stage.layers.items()}
         for target in targets:
             if target.layer in layers:
                 module = layers[target.layer].get_submodule(target.module)
                 self._modules.setdefault(_reads(target), module)
-
-    def expect(self, valid_BS: Tensor) -> None:
-        """Set which positions of the coming micro-batch count. Args: valid_BS: bool [B, S]."""
-        assert valid_BS.dtype == torch.bool and valid_BS.dim() == 2, (valid_BS.dtype, valid_BS.shape)
-        self._valid_BS = valid_BS
 
     def __enter__(self) -> Self:
         for key, module in self._modules.items():
@@ -72,19 +65,9 @@ class SecondMoments:
             self._hooks.append(module.register_forward_pre_hook(partial(self._on_input, key)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
     @torch.no_grad()
     def _on_input(self, key: tuple[int, str], module: nn.Module, args: tuple[Any, ...]) -> None:
-        x, valid, tp = args[0].detach(), self._valid_BS, self._mesh.tp
-        assert valid is not None, "expect(valid_BS) was not called before the forward"
-        assert x.shape[:-1] == valid.shape, (tuple(x.shape), tuple(valid.shape))
-        rows_TK = x[valid.to(x.device)].to(torch.promote_types(x.dtype, torch.float32))
+        rows_TK, tp = self._rows(args[0]), self._mesh.tp
         if getattr(module, "input_is_parallel", False):
             rows_TK = all_gather(rows_TK, tp, dim=-1, sizes=shard_sizes(module.in_features, tp.size))
         own = slice(*shard_range(module.in_features, tp.size, tp.rank))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from distill.config import Config, ConfigError, Sparsity
-from distill.data import IGNORE, MicroBatch
+from distill.data import MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder
 from distill.scores import unite
@@ -80,7 +80,7 @@ def input_norms(
             links,
             microbatches,
             students=stages,
-            before=lambda batch: recorder.expect(batch.labels_BS != IGNORE),
+            before=recorder.look_at,
         )
     by_layer = unite(recorder.measured, mesh)
     return {
