@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,17 +20,15 @@ from distill.balance import split_models
 from distill.config import Config
 from distill.data import MicroBatch
 from distill.evaluate import evaluate
+from distill.forward import forward_links
 from distill.loading import load_stages
 from distill.pretrained import load_config
 from distill.prune import choose, prune_checkpoint
 from distill.scores import Scores
 from distill.search import Candidate
 from distill.shape import Shape
-from distill.step import messages
 from parallel.collectives import barrier
 from parallel.mesh import Mesh
-from parallel.pipeline.actions import Kind
-from parallel.pipeline.p2p import Links
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,11 +101,8 @@ def _perplexity(
         key="student.prune.target_params",
         layers=layers,
     )
-    student = stages[0] if stages else None
-    traffic = messages(student, None, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
-    forward = {kind: message for kind, message in traffic.items() if kind is not Kind.B}
-    links = Links(mesh, forward, num_stages=len(layers))
-    return evaluate(mesh, links, judging, students=stages).perplexity
+    with closing(forward_links(config, mesh, stages, None, num_stages=len(layers))) as links:
+        return evaluate(mesh, links, judging, students=stages).perplexity
 
 
 def _say(candidate: Candidate, perplexity: float, *, number: int) -> None:

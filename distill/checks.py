@@ -103,14 +103,15 @@ def check_config(
         ConfigError: the first mistake found.
     """
     _check_rounds(config)
-    for settings in rounds_of(config):
+    rounds = rounds_of(config)
+    for settings in rounds:
         _check_values(flatten(config_to_dict(settings)))
         _check_schedules(settings.loss)
     config = fill_mesh(config, world_size)
-    for index, settings in enumerate(rounds_of(config)):
-        _check_batch(settings)
+    for index, settings in enumerate(rounds):
+        _check_batch(replace(settings, mesh=config.mesh))
         # An earlier round's student is not there yet.
-        own = round_config(config, index) == settings
+        own = round_config(config, index).teacher == settings.teacher
         _check_paths(settings if own else replace(settings, teacher=config.teacher), needs)
     check_judging(config.evaluate)
     if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:

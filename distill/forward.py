@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from distill.config import Config
 from distill.data import MicroBatch
+from distill.step import messages
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.actions import Action, Kind
@@ -22,6 +24,28 @@ from parallel.pipeline.schedules import forward_only
 from parallel.pipeline.stage import ForwardStage
 
 Consume = Callable[[MicroBatch, dict[Kind, Tensor]], None]
+
+
+def forward_links(
+    config: Config,
+    mesh: Mesh,
+    students: Sequence[StageModel],
+    teacher: StageModel | None,
+    *,
+    num_stages: int,
+) -> Links:
+    """Return channels for forward passes alone.
+
+    Args:
+        config: says the shape of a micro-batch.
+        students, teacher: this rank's stages of the models that will run.
+        num_stages: of the whole student.
+    Collectives: those of making `Links`.
+    """
+    student = students[0] if students else None
+    traffic = messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
+    forward = {kind: message for kind, message in traffic.items() if kind is not Kind.B}
+    return Links(mesh, forward, num_stages=num_stages)
 
 
 def run_forward(

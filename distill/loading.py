@@ -50,6 +50,14 @@ def first_rank_does(mesh: Mesh, work: Callable[[], T]) -> T:
     return value
 
 
+def is_there(folder: Path, mesh: Mesh) -> bool:
+    """Return whether a folder is there, as rank 0 sees it: what the others see of a shared one may lag behind.
+
+    Collectives: one broadcast over the world.
+    """
+    return broadcast_object(folder.exists() if mesh.world.is_first else None, mesh.world)
+
+
 @dataclass(frozen=True)
 class Models:
     """Where the models are and what they look like."""

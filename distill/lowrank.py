@@ -37,11 +37,12 @@ from distill.atomic import build_once
 from distill.config import Config
 from distill.data import MicroBatch
 from distill.forward import run_forward
+from distill.loading import is_there
 from distill.model_checks import not_finite
 from distill.moments import SecondMoments
 from distill.prune import KEPT_FOLDER, copy_companions
 from distill.ranks import Target, Targets, choose_ranks, find_targets, rank_step
-from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.collectives import barrier, gather_objects
 from parallel.factored import CONFIG_KEY
 from parallel.gradients import main_dtype
 from parallel.mesh import Mesh
@@ -143,8 +144,7 @@ def factorise_student(
         barriers and a gather over the world.
     """
     start_s = time.perf_counter()
-    # Rank 0 looks for all: what the others see of a shared folder may lag behind.
-    if broadcast_object(target.exists() if mesh.world.is_first else None, mesh.world):
+    if is_there(target, mesh):
         return 0.0
     wanted = config.student.low_rank
     targets = find_targets(wanted, student_config, tp=mesh.tp.size)

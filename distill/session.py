@@ -19,11 +19,13 @@ from distill.candidates import JUDGED_ROWS
 from distill.config import Config
 from distill.data import Batches, MicroBatch
 from distill.evaluate import num_parameters
+from distill.forward import forward_links
 from distill.hidden_loss import open_hidden
 from distill.judging import Judge, load_tasks
 from distill.loading import (
     Models,
     find_models,
+    is_there,
     load_origin,
     load_student,
     load_teacher,
@@ -37,12 +39,10 @@ from distill.rows import Corpus, load_corpus
 from distill.sparsity import Sparsifier, sparsify
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
-from parallel.collectives import broadcast_object
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
-from parallel.pipeline.actions import Kind
-from parallel.pipeline.p2p import Links, Message
+from parallel.pipeline.p2p import Links
 
 
 @dataclass
@@ -117,7 +117,7 @@ def open_session(
         stages=students,
         optimizer=step.optimizer,
         open_links=lambda: _forward_links(config, mesh, models, students, None),
-        microbatches=corpus.calibration(config, mesh),
+        open_text=lambda: corpus.calibration(config, mesh),
     )
     return Session(
         models=models,
@@ -160,7 +160,9 @@ def bind_step(
         _learning_rate(config),
         beside=None if hidden is None else hidden.entries,
     )
-    links = Links(mesh, _traffic(config, students, teacher), num_stages=len(models.split.student))
+    rows, seq_len = config.train.microbatch_size, config.data.seq_len
+    traffic = messages(students[0], teacher, rows=rows, seq_len=seq_len)
+    links = Links(mesh, traffic, num_stages=len(models.split.student))
     latency_s = links.measure_latency()
     planner = Planner(config, mesh, num_slices=models.split.num_slices, latency=latency_s)
     step = DistillationStep(
@@ -177,20 +179,10 @@ def bind_step(
     return step, planner
 
 
-def _traffic(
-    config: Config, students: Sequence[StageModel], teacher: StageModel | None
-) -> dict[Kind, Message]:
-    student = students[0] if students else None
-    return messages(student, teacher, rows=config.train.microbatch_size, seq_len=config.data.seq_len)
-
-
 def _forward_links(
     config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel | None
 ) -> Links:
-    """Return channels for forward passes alone. Collectives: those of making `Links`."""
-    traffic = _traffic(config, students, teacher)
-    forward = {kind: message for kind, message in traffic.items() if kind is not Kind.B}
-    return Links(mesh, forward, num_stages=len(models.split.student))
+    return forward_links(config, mesh, students, teacher, num_stages=len(models.split.student))
 
 
 def _shape_student(
@@ -217,9 +209,7 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
         teacher: this rank's stage of the round's teacher.
     Collectives: a broadcast over the world; those of loading and scoring the model that is cut.
     """
-    # Rank 0 looks for all: what the others see of a shared folder may lag behind.
-    there = models.student_folder.exists() if mesh.world.is_first else None
-    if broadcast_object(there, mesh.world):
+    if is_there(models.student_folder, mesh):
         return 0.0
     origin = teacher if models.origin_folder == models.teacher_folder else load_origin(config, mesh, models)
     with closing(_forward_links(config, mesh, models, (), origin)) as links:
@@ -247,21 +237,22 @@ def factorise_for(
 
     Raises:
         ConfigError: linears that cannot be factored as asked.
-    Collectives: those of `load_student` and `factorise_student`.
+    Collectives: a broadcast over the world; those of `load_student` and `factorise_student`.
     """
-    students, student_config = load_student(config, mesh, models, trainable=False)
-    folder = lineage.factored
-    with closing(_forward_links(config, mesh, models, students, None)) as links:
-        seconds = factorise_student(
-            config,
-            mesh,
-            students=students,
-            student_config=student_config,
-            source=models.student_folder,
-            links=links,
-            microbatches=corpus.calibration(config, mesh),
-            target=folder,
-        )
+    folder, seconds = lineage.factored, 0.0
+    if not is_there(folder, mesh):
+        students, student_config = load_student(config, mesh, models, trainable=False)
+        with closing(_forward_links(config, mesh, models, students, None)) as links:
+            seconds = factorise_student(
+                config,
+                mesh,
+                students=students,
+                student_config=student_config,
+                source=models.student_folder,
+                links=links,
+                microbatches=corpus.calibration(config, mesh),
+                target=folder,
+            )
     layers = tuple(len(owned) for owned in models.split.teacher)
     pinned = replace(config.pipeline, teacher_layers=layers, slices=models.split.num_slices)
     split = split_models(replace(config, pipeline=pinned), models.teacher_config, load_config(folder))

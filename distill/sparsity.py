@@ -234,12 +234,13 @@ def sparsify(
     stages: Sequence[StageModel],
     optimizer: StageOptimizer,
     open_links: Callable[[], Links],
-    microbatches: Sequence[MicroBatch],
+    open_text: Callable[[], Sequence[MicroBatch]],
 ) -> Sparsifier | None:
     """Return the sparsifier that the settings ask for, or None.
 
     Args: as `input_norms` and `Sparsifier`, but
         open_links: makes the channels, which are closed again.
+        open_text: returns this replica's share of the text.
     Collectives: for `wanda` those of making the channels, and of `input_norms`.
     """
     settings = config.student.sparsity
@@ -248,5 +249,5 @@ def sparsify(
     norms = None
     if settings.method == "wanda":
         with closing(open_links()) as links:
-            norms = input_norms(stages, mesh, links, microbatches)
+            norms = input_norms(stages, mesh, links, open_text())
     return Sparsifier(stages, optimizer, settings, total_steps=config.train.steps, norms=norms)

@@ -12,12 +12,12 @@ from transformers import PretrainedConfig
 from distill.candidates import best_shape
 from distill.config import Config
 from distill.data import MicroBatch
-from distill.loading import shapes_of
+from distill.loading import is_there, shapes_of
 from distill.model_checks import not_finite
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
 from distill.scoring import cached_scores
-from parallel.collectives import barrier, broadcast_object
+from parallel.collectives import barrier
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.p2p import Links
@@ -53,8 +53,7 @@ def prune_teacher(
     Collectives: a broadcast over the world, those of `cached_scores` and of `best_shape`, a barrier over the world.
     """
     start_s = time.perf_counter()
-    # Rank 0 looks for all: what the others see of a shared folder may lag behind.
-    if broadcast_object(target.exists() if mesh.world.is_first else None, mesh.world):
+    if is_there(target, mesh):
         return 0.0
     prune = config.student.prune
     candidates = shapes_of(config, teacher_config)

@@ -62,6 +62,7 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"loss": {"hidden": {"layers": [[1, 2], [1, 3]]}}}, "loss.hidden.layers=[[1,2],[1,3]] must be pairs"),
         ({"loss": {"hidden": {"layers": [[1, -2]]}}}, "loss.hidden.layers=[[1,-2]] must be pairs"),
         ({"rounds": [{"loss": {"alpha": 2}}]}, "loss.alpha=2.0 is outside 0 to 1"),
+        ({"rounds": [{}, {"teacher": {"model": "./nowhere"}}]}, "teacher.model=./nowhere does not exist"),
         ({"rounds": []}, "rounds=[] must have an entry for each round; use [{}]"),
         ({"pipeline": {"teacher": "early"}}, "pipeline.teacher=early is not known; use fill, inline or batch"),
         ({"pipeline": {"schedule": "fast"}}, "pipeline.schedule=fast is not known; use gpipe, 1f1b, interleaved or zero_bubble"),
