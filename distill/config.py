@@ -56,7 +56,7 @@ class Prune:
     candidates: int = 6
     """Shapes within `target_params` that are cut and judged on held-out text before one is taken."""
     calibration_rows: int = 32
-    """Training rows of `data.seq_len` tokens over which activations, and losses without a layer, are measured."""
+    """Training rows of `data.seq_len` tokens, taken evenly from all, over which activations and losses without a layer are measured."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Evaluate:
     every: int = 0
     """Steps between evaluations on the held-out text; 0 evaluates before the first and after the last step only."""
     rows: int = 64
-    """Held-out rows that are scored, at most."""
+    """Held-out rows that are scored, at most; taken evenly from all of them."""
     choices: tuple[str, ...] = ()
     """JSONL files of multiple-choice questions (lines with `question`, `choices`, `answer`), judged before the first and after the last step."""
     choices_template: str = r"Question: {question}\nAnswer:"

@@ -36,7 +36,7 @@ __all__ = [
     "Window",
     "load_rows",
     "num_valid_tokens",
-    "sequential_microbatches",
+    "spread_microbatches",
 ]
 
 
@@ -186,12 +186,13 @@ class Window:
         self._steps = {number: batches for number, batches in self._steps.items() if number >= step}
 
 
-def sequential_microbatches(
+def spread_microbatches(
     rows: Rows | Beginning, *, microbatch_size: int, num_rows: int, dp_rank: int = 0, dp_size: int = 1
 ) -> list[MicroBatch]:
-    """Return this rank's share of the first rows, in their own order, for evaluation and calibration.
+    """Return this rank's share of rows taken evenly from all of them, in their order, for evaluation and calibration.
 
-    Micro-batches are dealt out in turn: micro-batch m of rank r holds rows (m*dp + r)*B and following. Where rows run out,
+    Evenly, because neighbouring rows come from one document and neighbouring documents from one source. Micro-batches are
+    dealt out in turn: micro-batch m of rank r holds rows (m*dp + r)*B and following of those taken. Where rows run out,
     micro-batches are filled up with padding rows without labels, so that every rank has equally many of the same shape.
 
     Args:
@@ -202,10 +203,13 @@ def sequential_microbatches(
         dp_size: number of shares.
     """
     used = min(num_rows, len(rows))
+    taken = [place * len(rows) // used for place in range(used)]
     per_round = microbatch_size * dp_size
     blank = _blank_row(rows)
     starts = range(dp_rank * microbatch_size, -(-used // per_round) * per_round, per_round)
-    return [_stack([rows[i] if i < used else blank for i in range(s, s + microbatch_size)]) for s in starts]
+    return [
+        _stack([rows[taken[i]] if i < used else blank for i in range(s, s + microbatch_size)]) for s in starts
+    ]
 
 
 def _blank_row(rows: Rows | Beginning) -> Row:

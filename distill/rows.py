@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import Config
-from distill.data import MicroBatch, Rows, load_rows, sequential_microbatches
+from distill.data import MicroBatch, Rows, load_rows, spread_microbatches
 from distill.loading import first_rank_does
 from distill.pretrained import load_tokenizer
 from distill.stream import Beginning, Stream
@@ -36,7 +36,7 @@ class Corpus:
 
     @staticmethod
     def _sequence(rows: Rows | Beginning, num_rows: int, config: Config, mesh: Mesh) -> list[MicroBatch]:
-        batches = sequential_microbatches(
+        batches = spread_microbatches(
             rows,
             microbatch_size=config.train.microbatch_size,
             num_rows=min(num_rows, len(rows)),

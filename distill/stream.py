@@ -97,7 +97,7 @@ def quotas(weights: Sequence[float], total: int) -> list[int]:
 
 
 class Beginning(Sequence[Row]):
-    """The first rows of a stream, as `distill.data.sequential_microbatches` takes them."""
+    """The first rows of a stream, as `distill.data.spread_microbatches` takes them."""
 
     def __init__(self, stream: Stream, num_rows: int) -> None:
         self._stream, self._num_rows = stream, num_rows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data import IGNORE, MicroBatch, Rows, sequential_microbatches
+from distill.data import IGNORE, MicroBatch, Rows, spread_microbatches
 from distill.packing import Row
 from distill.scores import Scores
 from distill.step import messages
@@ -43,8 +43,8 @@ def rows() -> Rows:
 
 
 def share(mesh: Mesh, num_rows: int) -> list[MicroBatch]:
-    """Return this replica's micro-batches of the first rows."""
-    return sequential_microbatches(
+    """Return this replica's micro-batches of evenly spaced rows."""
+    return spread_microbatches(
         rows(), microbatch_size=SIZE, num_rows=num_rows, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
     )
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.candidates import CANDIDATES_FILE
 from distill.config import Config, Data, MeshShape, Prune, Student, Teacher, Train
-from distill.data import IGNORE, sequential_microbatches
+from distill.data import IGNORE, spread_microbatches
 from distill.packing import Row
 from distill.prune import load_kept
 from distill.step import messages
@@ -56,7 +56,7 @@ def _prune(folder: Path, mesh: Mesh, target: Path) -> None:
         data=Data(seq_len=SEQ_LEN),
         train=Train(dtype="float64", microbatch_size=1, global_batch_size=4),
     )
-    judging = sequential_microbatches(
+    judging = spread_microbatches(
         _rows(), microbatch_size=1, num_rows=4, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
     )
     prune_teacher(
@@ -79,7 +79,7 @@ def _in_layouts(folder: Path, root: Path) -> None:
 
 def _perplexity(folder: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    batches = sequential_microbatches(_rows(), microbatch_size=1, num_rows=4, dp_rank=0, dp_size=1)
+    batches = spread_microbatches(_rows(), microbatch_size=1, num_rows=4, dp_rank=0, dp_size=1)
     total, count = 0.0, 0
     for batch in batches:
         with torch.no_grad():

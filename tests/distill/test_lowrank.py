@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.config import Config, ConfigError, LowRank, MeshShape, Student, Teacher
-from distill.data import IGNORE, Rows, sequential_microbatches
+from distill.data import IGNORE, Rows, spread_microbatches
 from distill.lowrank import RIDGE, Decomposition, decompose, factorise_student
 from distill.packing import Row
 from distill.pretrained import load_config
@@ -127,7 +127,7 @@ def _factorise(source: Path, mesh: Mesh, root: Path) -> dict[str, float]:
     stage = build_stage(STUDENT, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64, trainable=False)
     load_weights(stage, source)
     links = Links(mesh, messages(stage, None, rows=SIZE, seq_len=SEQ_LEN))
-    batches = sequential_microbatches(
+    batches = spread_microbatches(
         _rows(), microbatch_size=SIZE, num_rows=ROWS, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size
     )
     shape = MeshShape(pp=mesh.pp.size, dp=mesh.dp.size, tp=mesh.tp.size)
