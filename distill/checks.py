@@ -8,7 +8,6 @@ command can refuse within a second of its start. Whether a name is that of a cau
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.annealing import Stages, extremes
-from distill.budget import budget_of
 from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
 from distill.rounds import rounds_of
+from distill.student_checks import check_student
 
 _POSITIVE = (
     "student.prune.min_channels",
@@ -208,10 +207,7 @@ def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
     _check_weights(flat["data.weights"], flat["data.path"])
     _check_virtual_stages(flat)
-    _check_sparsity(flat)
-    _check_low_rank(flat)
-    if flat["student.prune.target_params"] is not None:
-        budget_of(flat["student.prune.target_params"], 10**12)
+    check_student(flat)
     _check_pairs(flat["loss.hidden.layers"])
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
@@ -222,55 +218,6 @@ def _check_related(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']} is more than train.steps={flat['train.steps']}; "
             "use fewer"
-        )
-    for key in ("student.prune.layers", "student.low_rank.layers"):
-        _check_indices(key, flat[key])
-    layers, num_layers = flat["student.prune.layers"], flat["student.prune.num_layers"]
-    if layers is not None and num_layers not in (None, len(layers)):
-        raise ConfigError(
-            f"student.prune.num_layers={num_layers} but student.prune.layers names {len(layers)}; leave one of them null"
-        )
-
-
-def _check_indices(key: str, layers: list[int] | None) -> None:
-    if layers is None:
-        return
-    if not layers or layers[0] < 0 or any(before >= after for before, after in itertools.pairwise(layers)):
-        raise ConfigError(f"{key}={show(layers)} must be layer indices from 0 up, each once, in order")
-
-
-def _check_low_rank(flat: dict[str, Any]) -> None:
-    """Check that at most one key says how small the factors are, and that what it says can be."""
-    keys = [f"student.low_rank.{name}" for name in ("ratio", "params", "energy")]
-    given = [key for key in keys if flat[key] is not None]
-    if len(given) > 1:
-        both = " and ".join(f"{key}={show(flat[key])}" for key in given)
-        raise ConfigError(f"{both} each say how small the factors are; leave all but one of them null")
-    for key in ("student.low_rank.ratio", "student.low_rank.energy"):
-        if flat[key] is not None and not 0 < flat[key] < 1:
-            raise ConfigError(f"{key}={flat[key]} must be greater than 0 and less than 1, or null")
-    modules = flat["student.low_rank.modules"]
-    if not modules or (isinstance(modules, str) and modules not in ("ffn", "attention")):
-        raise ConfigError(
-            f"student.low_rank.modules={show(modules)} is not known; use ffn, attention, or a list such as [mlp.down_proj]"
-        )
-
-
-def _check_sparsity(flat: dict[str, Any]) -> None:
-    ratio, steps = flat["student.sparsity.ratio"], flat["student.sparsity.steps"]
-    if not 0 < ratio < 1:
-        raise ConfigError(f"student.sparsity.ratio={ratio} must be greater than 0 and less than 1")
-    if flat["student.sparsity.pattern"] == "2:4" and ratio != 0.5:
-        raise ConfigError(
-            f"student.sparsity.ratio={ratio} does not go with student.sparsity.pattern=2:4; use 0.5, or unstructured"
-        )
-    if steps is not None and flat["student.sparsity.schedule"] == "at_once":
-        raise ConfigError(
-            f"student.sparsity.steps={steps} does not go with student.sparsity.schedule=at_once; use null, cubic or linear"
-        )
-    if steps is not None and steps > flat["train.steps"]:
-        raise ConfigError(
-            f"student.sparsity.steps={steps} is more than train.steps={flat['train.steps']}; use fewer"
         )
 
 

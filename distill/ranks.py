@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from distill.config import ConfigError, LowRank
+from distill.config import ConfigError
 from distill.convert import either, show
 from distill.structure import MATRICES, Unit
+from distill.student_config import LowRank
 from parallel.factored import ranks_of
 from parallel.model import build_meta_model, stage_names
 

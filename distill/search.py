@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from distill.checks import budget_of
-from distill.config import ConfigError, Prune
+from distill.config import ConfigError
 from distill.cut_config import accepts
 from distill.shape import (
     Shape,
@@ -37,6 +37,7 @@ from distill.shape import (
     widths,
 )
 from distill.structure import Layout, Sizes, Widths, layout_of
+from distill.student_config import Prune
 from parallel.model import build_meta_model
 
 if TYPE_CHECKING:

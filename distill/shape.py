@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distill.config import ConfigError, Prune
+from distill.config import ConfigError
 from distill.cut_config import accepts, student_config
 from distill.kept import Kept
 from distill.structure import Sizes, Widths
+from distill.student_config import Prune
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

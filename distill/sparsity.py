@@ -32,12 +32,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.config import Config, ConfigError, Sparsity
+from distill.config import Config, ConfigError
 from distill.data import MicroBatch
 from distill.forward import run_forward
 from distill.importance import ActivationRecorder
 from distill.scores import unite
 from distill.structure import MATRICES, Sizes, Unit
+from distill.student_config import Sparsity
 from parallel.buckets import Slot, is_counted
 from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh

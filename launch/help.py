@@ -1,7 +1,7 @@
 """The text of `--help`: how a command is used, its recipes, and every key with its default and meaning.
 
-Decides: the meanings are the strings below the fields in `distill/config.py`, read out of its source, so that they
-stand in one place. Does not know what a command does; each passes that in.
+Decides: the meanings are the strings below the fields in `distill/config.py` and `distill/student_config.py`, read out
+of their source, so that they stand in one place. Does not know what a command does; each passes that in.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import textwrap
 from typing import Any
 
 import distill.config
+import distill.student_config
 from distill.config import Config
 from distill.convert import config_to_dict, flatten, show
 from launch.config import groups
 
 _WIDTH = 100
+_SETTINGS = (distill.config, distill.student_config)
 
 
 def help_text(command: str, about: str) -> str:
@@ -37,9 +39,9 @@ def help_text(command: str, about: str) -> str:
 
 
 def key_meanings() -> dict[str, str]:
-    """Return what each dotted key means, out of the source of `distill.config`."""
-    tree = ast.parse(inspect.getsource(distill.config))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """Return what each dotted key means, out of the source of the settings."""
+    nodes = [node for module in _SETTINGS for node in ast.parse(inspect.getsource(module)).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     return _meanings(classes, "Config", prefix="")
 
 

@@ -12,23 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from distill.config import (
-    Config,
-    Data,
-    Loss,
-    MeshShape,
-    Optimizer,
-    Pipeline,
-    Student,
-    Teacher,
-    Train,
-)
+from distill.config import Config, Data, Loss, MeshShape, Optimizer, Pipeline, Teacher, Train
 from distill.data import IGNORE, MicroBatch
 from distill.loading import find_models, load_student, load_teacher
 from distill.planning import Planner
 from distill.pretrained import EMBEDDED, resolve_model
 from distill.session import bind_step
 from distill.step import DistillationStep
+from distill.student_config import Student
 from parallel.mesh import Mesh
 
 _KEPT_CHANNELS, _MULTIPLE = 0.6, 32

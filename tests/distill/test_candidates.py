@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from distill.candidates import CANDIDATES_FILE
-from distill.config import Config, Data, MeshShape, Prune, Student, Teacher, Train
+from distill.config import Config, Data, MeshShape, Teacher, Train
 from distill.data import IGNORE, spread_microbatches
 from distill.packing import Row
 from distill.prune import load_kept
 from distill.step import messages
 from distill.student import prune_teacher
+from distill.student_config import Prune, Student
 from parallel.mesh import Mesh
 from parallel.model import build_stage
 from parallel.pipeline.p2p import Links

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.config import Config, ConfigError, LowRank, MeshShape, Student, Teacher
+from distill.config import Config, ConfigError, MeshShape, Teacher
 from distill.data import IGNORE, Rows, spread_microbatches
 from distill.lowrank import RIDGE, Decomposition, decompose, factorise_student
 from distill.packing import Row
 from distill.pretrained import load_config
 from distill.step import messages
+from distill.student_config import LowRank, Student
 from parallel.mesh import Axis, Mesh
 from parallel.model import build_stage
 from parallel.pipeline.p2p import Links

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config import LowRank
 from distill.moments import SecondMoments
 from distill.ranks import Target, find_targets
+from distill.student_config import LowRank
 from parallel.mesh import Axis, Mesh
 from parallel.model import build_stage
 from parallel.weights import load_weights

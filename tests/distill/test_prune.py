@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from distill import prune as prune_module
-from distill.config import ConfigError, Prune
+from distill.config import ConfigError
 from distill.cut_config import MODELING_FILE
 from distill.importance import ActivationRecorder, gather_scores, weight_scores
 from distill.kept import Kept
@@ -35,6 +35,7 @@ from distill.prune import (
 from distill.scores import Scores
 from distill.shape import Shape, Steps, resolve_shape
 from distill.structure import Sizes
+from distill.student_config import Prune
 from parallel.mesh import Mesh
 from tests.families import FAMILIES, save_tiny, tiny_config, tiny_model
 

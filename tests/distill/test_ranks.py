@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import ConfigError, LowRank
+from distill.config import ConfigError
 from distill.ranks import Target, Targets, choose_ranks, find_targets, rank_step
+from distill.student_config import LowRank
 from tests.families import factored_config, tiny_config, tiny_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}

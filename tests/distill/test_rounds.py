@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Config, ConfigError, Gate, Prune, Run, Student, Teacher
+from distill.config import Config, ConfigError, Gate, Run, Teacher
 from distill.rounds import Progress, lineage_of, rounds_of, verdict
+from distill.student_config import Prune, Student
 
 
 def config(*rounds: dict, model: str | None = None) -> Config:

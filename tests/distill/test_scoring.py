@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.config import Config, Data, Prune, Student, Teacher, Train
+from distill.config import Config, Data, Teacher, Train
 from distill.data import IGNORE, MicroBatch
 from distill.importance import random_scores
 from distill.scores import Scores
 from distill.scoring import cached_scores, score_teacher
 from distill.structure import Sizes
+from distill.student_config import Prune, Student
 from parallel.mesh import Mesh
 from tests.distill.calibration import (
     LAYOUTS,

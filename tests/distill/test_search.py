@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from distill.config import ConfigError, Prune
+from distill.config import ConfigError
 from distill.search import Counter, candidate_shapes
 from distill.shape import Shape, planned_config
+from distill.student_config import Prune
 from parallel.model import build_meta_model
 from tests.families import tiny_config
 

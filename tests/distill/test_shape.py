@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distill.config import ConfigError, Prune
+from distill.config import ConfigError
 from distill.shape import Shape, Steps, planned_config, resolve_shape
+from distill.student_config import Prune
 from tests.families import tiny_config
 
 

@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from distill.config import ConfigError, Sparsity
+from distill.config import ConfigError
 from distill.data import IGNORE
 from distill.sparsity import Sparsifier, input_norms, progress_after
 from distill.step import DistillationStep, messages
 from distill.structure import MATRICES
+from distill.student_config import Sparsity
 from parallel import checkpoint
 from parallel.mesh import Axis, Mesh
 from parallel.model import build_stage

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.config import Config, Data, Prune, Student, Teacher
+from distill.config import Config, Data, Teacher
 from distill.scores import Scores
 from distill.structure import Sizes
 from distill.student import SCORES_FILE, prune_teacher
+from distill.student_config import Prune, Student
 from parallel.mesh import Mesh
 from tests.distill.calibration import LAYOUTS, TEACHER, compare, load_teacher, save_teacher, share
 from tests.workers import run_distributed
