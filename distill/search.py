@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from distill.checks import budget_of
+from distill.budget import budget_of
 from distill.config import ConfigError
 from distill.cut_config import accepts
 from distill.shape import (
