@@ -44,23 +44,22 @@ WIDE = {"student.prune.intermediate_size": 896}
 HALF = {"student.prune.num_layers": 20, "student.prune.intermediate_size": 576}
 """49 % (65.9M): the best before training of the six that `student.prune.target_params=67.5M` finds."""
 TWO_ROUNDS = (
-    "[{student:{prune:{intermediate_size:896}},train:{tokens:50176}},"
-    "{student:{prune:{num_layers:20,intermediate_size:576}},train:{tokens:50176}}]"
+    "[{student:{prune:{intermediate_size:896}}},{student:{prune:{num_layers:20,intermediate_size:576}}}]"
 )
 
 STUDENTS: dict[str, dict[str, object]] = {
     "wide": WIDE | {"train.tokens": LONG},
-    "wide-hard": WIDE | {"loss.alpha": 1, "train.tokens": LONG},
-    "wide-t1": WIDE | {"loss.temperature": 1, "train.tokens": LONG},
-    "wide-t5": WIDE | {"loss.temperature": 5, "train.tokens": LONG},
-    "wide-alpha0": WIDE | {"loss.alpha": 0, "train.tokens": LONG},
-    "wide-alpha7": WIDE | {"loss.alpha": 0.7, "train.tokens": LONG},
-    "wide-l1": WIDE | {"student.prune.method": "l1"},
-    "wide-random": WIDE | {"student.prune.method": "random"},
-    "wide-hidden": WIDE | {"loss.hidden.weight": 1, "loss.hidden.projection": "none"},
-    "half": HALF,
+    "half": HALF | {"train.tokens": LONG},
+    "half-t1": HALF | {"loss.temperature": 1, "train.tokens": LONG},
+    "half-t5": HALF | {"loss.temperature": 5, "train.tokens": LONG},
+    "half-alpha0": HALF | {"loss.alpha": 0, "train.tokens": LONG},
+    "half-alpha7": HALF | {"loss.alpha": 0.7, "train.tokens": LONG},
+    "half-hard": HALF | {"loss.alpha": 1, "train.tokens": LONG},
     "half-two-rounds": {"rounds": TWO_ROUNDS},
-    "half-hard": HALF | {"loss.alpha": 1},
+    "half-l1": HALF | {"student.prune.method": "l1"},
+    "half-random": HALF | {"student.prune.method": "random"},
+    "half-hidden": HALF | {"loss.hidden.weight": 1, "loss.hidden.projection": "none"},
+    "wide-hard": WIDE | {"loss.alpha": 1},
     "low-rank": {"student.low_rank.ratio": 0.58},
     "low-rank-plain": {"student.low_rank.ratio": 0.58, "student.low_rank.whiten": "false"},
     "two-of-four": {"student.sparsity.method": "wanda", "student.sparsity.pattern": "'2:4'"},
@@ -71,15 +70,14 @@ STUDENTS: dict[str, dict[str, object]] = {
 def train(name: str) -> None:
     """Train one student, or go on with it."""
     folder = CACHE / "runs" / name
-    if (folder / "summary.json").exists():
-        return
-    settings = COMMON | STUDENTS[name] | {"run.dir": folder}
-    command = [sys.executable, "-m", "launch.torchrun", "--nproc-per-node", "2", "-m", "launch.distill"]
-    command += [f"{key}={value}" for key, value in settings.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    for large in ("checkpoints", "student", "pruned"):
+    if not (folder / "summary.json").exists():
+        settings = COMMON | STUDENTS[name] | {"run.dir": folder}
+        command = [sys.executable, "-m", "launch.torchrun", "--nproc-per-node", "2", "-m", "launch.distill"]
+        command += [f"{key}={value}" for key, value in settings.items()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    for large in ("checkpoints", "student", "pruned", "round-0"):
         shutil.rmtree(folder / large, ignore_errors=True)
 
 
