@@ -52,6 +52,11 @@ HALF = {"student.prune.num_layers": 20, "student.prune.intermediate_size": 576}
 TWO_ROUNDS = (
     "[{student:{prune:{intermediate_size:896}}},{student:{prune:{num_layers:20,intermediate_size:576}}}]"
 )
+MOMENTS = (
+    "[{{student:{{prune:{{intermediate_size:896}}}},train:{{tokens:40960}}}},"
+    "{{student:{{prune:{{num_layers:20,intermediate_size:576}}}},train:{{tokens:20480}},optimizer:{{moments:{}}}}}]"
+)
+"""40 steps of `WIDE`, then 20 of `HALF`, with the moments cut by the weights' indices or without."""
 AGAIN = {"train.seed": 1}
 """The rows in another order."""
 
@@ -69,6 +74,8 @@ STUDENTS: dict[str, dict[str, object]] = {
     "low-rank": {"student.low_rank.ratio": 0.58},
     "low-rank-plain": {"student.low_rank.ratio": 0.58, "student.low_rank.whiten": "false"},
     "two-of-four": {"student.sparsity.method": "wanda", "student.sparsity.pattern": "'2:4'"},
+    "moments-kept": {"rounds": MOMENTS.format("keep")},
+    "moments-reset": {"rounds": MOMENTS.format("reset")},
     "wide": WIDE | {"train.tokens": LONG},
     "wide-hard": WIDE | {"loss.alpha": 1, "train.tokens": LONG},
     "half-again": HALF | AGAIN | {"train.tokens": LONG},
