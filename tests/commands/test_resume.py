@@ -214,14 +214,33 @@ def test_half_of_a_student_or_a_checkpoint_is_not_taken_for_a_whole(
     assert_same_run(tmp_path, reference)
 
 
-def test_a_checkpoint_cut_short_is_told(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
-    shutil.copytree(reference, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    (file,) = (tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")
+def test_a_damaged_checkpoint_is_passed_over(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
+    """By itself; named, it is a mistake, and so are checkpoints of which none is sound."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "summary.json").unlink()
+    last, before = (run / "checkpoints" / f"step-{step:08d}" for step in (STEPS, STEPS - 2))
+    (file,) = last.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    done = call(distill.COMMAND, inputs.settings(tmp_path / "run"))
+    done = call(distill.COMMAND, inputs.settings(run, f"checkpoint.resume={last}"))
     assert done.code == 2 and len(done.errors) == 1 and done.err.count("\n") == 1
-    assert str(file) in done.err and "bytes, its checkpoint says" in done.err
+    assert done.err.startswith(f"error: checkpoint.resume={last}: {file} has ")
+    assert "bytes, its checkpoint says" in done.err
+    done = call(distill.COMMAND, inputs.settings(run))
+    assert done.code == 0, done.err
+    lines = [line for line in done.out.splitlines() if line.startswith("passed over")]
+    assert len(lines) == 1 and lines[0].startswith(f"passed over {last.name}: {file} has ")
+    assert lines[0].endswith(f", set aside as {last.name}.damaged")
+    assert f"going on after step {STEPS - 2} of {STEPS}" in done.out
+    assert_same_run(run, reference)
+    assert (run / "checkpoints" / f"{last.name}.damaged" / file.name).is_file()
+    (run / "summary.json").unlink()
+    for folder in (run / "checkpoints").glob("step-*[0-9]"):
+        (folder / "student" / "config.json").write_bytes(b"")
+    done = call(distill.COMMAND, inputs.settings(run))
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"checkpoint.resume=auto: no checkpoint in {run / 'checkpoints'} is sound (" in done.err
+    assert before.is_dir() and len(metrics(run)) == STEPS, "nothing is lost"
 
 
 def test_a_student_pruned_for_other_settings_is_not_taken(
