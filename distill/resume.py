@@ -10,10 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.carry import carry_moments
+from distill.companions import read_settings
 from distill.config import Config, ConfigError
+from distill.deploy.from_checkpoint import export_checkpoint
 from distill.hidden_map import PROJECTION
+from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
-from distill.rounds import Progress
+from distill.rounds import Lineage, Progress
 from distill.session import Session
 from distill.structure import Sizes
 from parallel import checkpoint
@@ -91,6 +94,31 @@ def _progress(sound: Sound) -> Progress:
             f"{sound.folder / MANIFEST} cannot be read: extras.step is {progress.step}, step {sound.manifest.step}"
         )
     return progress
+
+
+def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -> None:
+    """Make the folder of the round's student out of a checkpoint, where it is not there and would be cut anew.
+
+    A cut that is made again could keep other units, which the checkpoint's weights do not belong to. A checkpoint of a run
+    that asked for another student is left to `take_over`, which says what does not fit.
+
+    Raises:
+        ConfigError: the checkpoint holds no student.
+    Collectives: two broadcasts over the world.
+    """
+    target = lineage.factored if settings.student.low_rank.is_asked else lineage.begins
+    if target is None or is_there(target, mesh):
+        return
+
+    def bring() -> None:
+        try:
+            theirs = read_settings(found)
+        except CheckpointError as error:
+            raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
+        if theirs.student == settings.student and theirs.teacher.model == settings.teacher.model:
+            export_checkpoint(found, target, low_rank="factored")
+
+    first_rank_does(mesh, bring)
 
 
 def take_over(found: Path, settings: Config, session: Session, *, begins: bool, recut: bool) -> None:

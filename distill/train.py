@@ -28,7 +28,7 @@ from distill.metrics import RunLog, StepMetrics
 from distill.model_checks import not_finite
 from distill.planning import Planner
 from distill.results import export_round, run_summary
-from distill.resume import find_checkpoint, take_over
+from distill.resume import bring_student, find_checkpoint, take_over
 from distill.rounds import STUDENT_FOLDER, Progress, lineage_of, round_folder, rounds_of, verdict
 from distill.runfolder import read_summary, write_config
 from distill.running import Running
@@ -92,6 +92,10 @@ def _open(running: Running) -> Session:
     """Return the round's session, with what it takes over from the checkpoint that it goes on from."""
     settings, mesh, progress = running.settings, running.mesh, running.progress
     lineage = lineage_of(running.rounds, progress.round)
+    # Where a round begins, the checkpoint is that of the round before, or of its own training before.
+    begins = progress.round_step == 0 and progress.step > 0
+    if running.newest is not None and not begins:
+        bring_student(running.newest, settings, lineage, mesh)
     session = open_session(
         settings,
         mesh,
@@ -100,8 +104,6 @@ def _open(running: Running) -> Session:
         first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
     )
     running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
-    # Where a round begins, the checkpoint is that of the round before, or of its own training before.
-    begins = progress.round_step == 0 and progress.step > 0
     if running.newest is not None:
         recut = lineage.made_in == progress.round and not progress.attempt
         take_over(running.newest, settings, session, begins=begins, recut=recut)
