@@ -96,7 +96,8 @@ class Saver:
         self.newest: Path | None = None
         """The newest checkpoint that this saver has completed; equal on all ranks after `wait`."""
         self.failure: str | None = None
-        """Why the checkpoint asked for last could not be written; None if it could. Equal on all ranks after `wait`."""
+        """A sentence that says why the checkpoint asked for last could not be written, or None. Equal on all ranks after
+        `wait`."""
 
     def save(self, step: int, extras: dict[str, Any]) -> None:
         """Copy this rank's state, and write it from then on; waits for the checkpoint before to come to its end.
@@ -160,13 +161,13 @@ class Saver:
             records = {name: record for mine, _ in reports for name, record in mine.items()}
             ended = self._try(lambda: self._complete(folder, final, state, records))[1]
             failure = broadcast_object(ended, mesh.background)
-        self.failure = failure
         if failure is None:
-            self.newest = final
+            self.newest, self.failure = final, None
             return
         if mesh.world.is_first:
             shutil.rmtree(folder, ignore_errors=True)
-        self._untold.append(f"the checkpoint of step {state.step} could not be written: {failure}")
+        self.failure = f"the checkpoint of step {state.step} could not be written: {failure}"
+        self._untold.append(self.failure)
 
     def _try(self, work: Callable[[], dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
         """Return what a rank has written, or why it could not: no other rank may wait for it."""

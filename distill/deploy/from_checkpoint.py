@@ -36,7 +36,6 @@ from parallel.factored import merge_factors, ranks_of
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 from parallel.optimizer import MOMENTS
-from parallel.plan import UnsupportedModel
 
 MAX_SHARD_BYTES = 2 * 2**30
 
@@ -83,7 +82,7 @@ def export_checkpoint(
             source = _Source(checkpoint, manifest, settings, model_config, files)
             merges = (low_rank or settings.export.low_rank) == "merged"
             build_once(target, lambda folder: _write(source, folder, merges, max_shard_bytes))
-    except (CheckpointError, UnsupportedModel) as error:
+    except CheckpointError as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
 
 
@@ -91,7 +90,7 @@ def _write(source: _Source, folder: Path, merges: bool, max_shard_bytes: int) ->
     """Write the whole folder; a tensor that is missing or left over is seen before the first weight is read."""
     folder.mkdir()
     written = merged_config(source.model_config) if merges else source.model_config
-    trained, model = build_meta_model(source.model_config), build_meta_model(written)
+    trained, model = _built(source.model_config), _built(written)
     _check_names(source, trained)
     sizes_bytes = {name: each.numel() * source.dtype.itemsize for name, each in model.named_parameters()}
     write_tensors(folder, sizes_bytes, _producer(source, merges=merges), max_shard_bytes=max_shard_bytes)
@@ -105,10 +104,23 @@ def _write(source: _Source, folder: Path, merges: bool, max_shard_bytes: int) ->
 
 def _student_config(folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read ({reason})") from error
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read ({_first_line(error)})") from error
+
+
+def _built(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a config on the meta device."""
+    try:
+        return build_meta_model(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"its student/config.json builds no causal LM ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_names(source: _Source, model: PreTrainedModel) -> None:

@@ -132,16 +132,20 @@ def test_what_does_not_fit_is_named(alone: Path, tmp_path: Path) -> None:
     refused(f"no file of the checkpoint has the tensor '{name}'")
     rewrite(broken, SHARD, lambda tensors: {**tensors, "weight/model.extra": torch.zeros(1)})
     refused("it holds 'weight/model.extra', which Qwen3ForCausalLM does not have")
-    rewrite(broken, SHARD, lambda tensors: {**tensors, name: tensors[name].t().contiguous()})
-    refused(f"{name} is [", "its config says [")
+    rewrite(broken, SHARD, lambda tensors: {**tensors, name: tensors[name].flatten()})
+    refused(f"{name} is [1024], its config says [32, 32]")
     for file, content in (
         ("settings.json", "{"),
         ("settings.json", '{"trains": 1}'),
         ("student/config.json", "[]"),
+        ("student/config.json", '{"model_type": "nonsense"}'),
     ):
         (broken / file).write_text(content)
         admit(broken, file, to="companions")
         refused(file, "cannot be read")
+    (broken / "student/config.json").write_text('{"model_type": "vit"}')
+    admit(broken, "student/config.json", to="companions")
+    refused("config.json builds no causal LM")
     edit_manifest(broken, lambda body: {**body, "extras": {**body["extras"], "round": -1}})
     refused("extras.round is -1")
     edit_manifest(broken, lambda body: {**body, "companions": {}})

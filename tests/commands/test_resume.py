@@ -270,6 +270,25 @@ def test_a_checkpoint_of_another_run_only_begins_this_one(
     assert same_weights(tmp_path / "student", reference / "student")
 
 
+def test_a_checkpoint_brings_its_student_along(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
+    """What the student was cut to is the checkpoint's to say, also in a folder that has nothing else."""
+    before = f"step-{STEPS - 2:08d}"
+    alone = shutil.copytree(reference / "checkpoints" / before, tmp_path / before)
+    arguments = inputs.settings(tmp_path / "run", f"checkpoint.resume={alone}")
+    done = call(distill.COMMAND, arguments)
+    assert done.code == 0, done.err
+    assert "scoring" not in done.out and "those measured before" not in done.out, "it was not cut again"
+    assert losses(tmp_path / "run") == losses(reference)[-2:]
+    assert same_weights(tmp_path / "run" / "student", reference / "student")
+    for name in ("pruning/kept.safetensors", "pruning/provenance.json", "config.json", "tokenizer.json"):
+        assert (tmp_path / "run" / "student" / name).read_bytes() == (
+            reference / "student" / name
+        ).read_bytes()
+    other = inputs.settings(tmp_path / "other", f"checkpoint.resume={alone}", "student.prune.num_layers=2")
+    done = call(distill.COMMAND, other)
+    assert done.code == 2 and len(done.errors) == 1 and "another student" in done.err
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_while_saving_keeps_the_checkpoint_before(
     inputs: Inputs, long: Path, tmp_path: Path

@@ -11,6 +11,7 @@ from launch.benchmarks import checkpoint
 from tests.families import save_tiny, tiny_config
 
 
+@pytest.mark.slow
 def test_rows_compare_saving_with_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config("llama", tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
     folders = [
