@@ -7,11 +7,13 @@ the moments by the same indices (`distill.carry`), unless they are reset. Projec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from distill.carry import carry_moments
 from distill.companions import read_settings
 from distill.config import Config, ConfigError
+from distill.convert import config_to_dict, flatten, show
 from distill.deploy.from_checkpoint import export_checkpoint
 from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
@@ -19,6 +21,7 @@ from distill.prune import load_kept
 from distill.rounds import Lineage, Progress
 from distill.session import Session
 from distill.structure import Sizes
+from distill.student_config import Student
 from parallel import checkpoint
 from parallel.checkpoint_folders import DAMAGED, PassedOver, Sound, drop_after, newest_sound, verify
 from parallel.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
@@ -99,11 +102,11 @@ def _progress(sound: Sound) -> Progress:
 def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -> None:
     """Make the folder of the round's student out of a checkpoint, where it is not there and would be cut anew.
 
-    A cut that is made again could keep other units, which the checkpoint's weights do not belong to. A checkpoint of a run
-    that asked for another student is left to `take_over`, which says what does not fit.
+    A cut that is made again could keep other units, which the checkpoint's weights do not belong to. Only where the teacher
+    has another name by now it is made again.
 
     Raises:
-        ConfigError: the checkpoint holds no student.
+        ConfigError: the checkpoint holds no student, or another one than is asked for.
     Collectives: two broadcasts over the world.
     """
     target = lineage.factored if settings.student.low_rank.is_asked else lineage.begins
@@ -115,10 +118,22 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
             theirs = read_settings(found)
         except CheckpointError as error:
             raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
-        if theirs.student == settings.student and theirs.teacher.model == settings.teacher.model:
+        _check_student(found, theirs.student, settings.student)
+        if theirs.teacher.model == settings.teacher.model:
             export_checkpoint(found, target, low_rank="factored")
 
     first_rank_does(mesh, bring)
+
+
+def _check_student(found: Path, theirs: Student, ours: Student) -> None:
+    """Raise ConfigError if a checkpoint's student was made otherwise than is asked for."""
+    made = [flatten(config_to_dict(replace(each, sparsity=Student().sparsity))) for each in (theirs, ours)]
+    for key, value in made[1].items():
+        if made[0].get(key) != value:
+            raise ConfigError(
+                f"{found} belongs to another student: student.{key}={show(made[0].get(key))} there, {show(value)} here; use "
+                "the same, or checkpoint.resume=none"
+            )
 
 
 def take_over(found: Path, settings: Config, session: Session, *, begins: bool, recut: bool) -> None:

@@ -237,19 +237,20 @@ def test_a_full_disk_is_met_at_every_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def _fails_on_one(folders: dict[str, str], root: Path, failing: int) -> list[Any]:
+def _fails_on_one(folders: dict[str, str], root: Path, failing: int, function: str) -> list[Any]:
     case = replace(SINGLE, pp=2)
     mesh = mesh_of(case)
     step = make_step(case, folders, mesh)
     save_now(root, 1, step.optimizer, mesh, extras={}, keep=2)
     with Saver(root, step.optimizer, mesh, keep=2) as saver, pytest.MonkeyPatch.context() as patch:
 
-        def fail(tensors: Any, shards: Any, path: Path) -> FileRecord:
-            path.write_bytes(b"half")
+        def fail(*given: Any) -> None:
+            path = given[-1]
+            (path if path.suffix == ".safetensors" else path / MANIFEST).write_bytes(b"half")
             raise OSError(errno.EIO, "Input/output error", str(path))
 
         if mesh.world.rank == failing:
-            patch.setattr("parallel.checkpoint.write_shards", fail)
+            patch.setattr(f"parallel.checkpoint.{function}", fail)
         saver.save(2, {})
         train(step, range(1))
         saver.wait()
@@ -261,12 +262,17 @@ def _fails_on_one(folders: dict[str, str], root: Path, failing: int) -> list[Any
 
 
 def test_all_ranks_learn_that_one_could_not_write(folders: dict[str, str], tmp_path: Path) -> None:
-    for failing in (0, 1):
-        root = tmp_path / str(failing)
-        ranks = run_distributed(2, _fails_on_one, folders, root, failing, timeout_s=60)
+    files = {
+        (0, "write_shards"): "/stage-000-tp-00.safetensors",
+        (1, "write_shards"): "/stage-001-tp-00.safetensors",
+        (0, "write_manifest"): "",
+    }
+    for number, ((failing, function), file) in enumerate(files.items()):
+        root = tmp_path / str(number)
+        ranks = run_distributed(2, _fails_on_one, folders, root, failing, function, timeout_s=60)
         reason = (
             f"the checkpoint of step 2 could not be written: rank {failing} (pp {failing}, dp 0, tp 0): "
-            f"{root}/step-00000002.partial/stage-00{failing}-tp-00.safetensors: Input/output error"
+            f"{root}/step-00000002.partial{file}: Input/output error"
         )
         left = ["step-00000001", "step-00000003"]
         assert ranks == [[reason, [reason], None, None, root / "step-00000003", left]] * 2
