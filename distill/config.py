@@ -179,10 +179,10 @@ class Gate:
 class Checkpoint:
     every: int = 100
     """Steps between checkpoints; 0 saves at the end and on Ctrl-C only."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
+    keep: int = 3
+    """Newest checkpoints that are kept; the oldest goes when the newest is complete."""
     resume: str = "auto"
-    """`auto` continues the newest checkpoint of `run.dir`, `none` starts anew, a folder continues that checkpoint."""
+    """`auto` continues the newest sound checkpoint of `run.dir`, `none` starts anew, a folder continues that checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,24 @@ Imports wandb only when it is switched on.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from distill.config import Config
 from distill.convert import config_to_dict
 from distill.curve import draw_curve
 from distill.dashboard import finish_dashboard, start_dashboard
+from distill.line_file import LineFile
 from distill.runfolder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -116,7 +117,7 @@ class RunLog:
         self._recent_step_s: deque[float] = deque(maxlen=20)
         self._finishing = threading.Lock()
         self._beside: Background | None = None
-        self._metrics: TextIO | None = None
+        self._metrics: LineFile | None = None
         self._wandb: Any = None
         self.steps: list[dict[str, Any]] = []
         """Lines of `metrics.jsonl` so far; empty on ranks that do not write."""
@@ -127,7 +128,7 @@ class RunLog:
         write_config(config)
         self.steps = cut_lines(self._folder / METRICS_FILE, last_step=done_steps)
         self.evaluations = cut_lines(self._folder / EVALUATIONS_FILE, last_step=done_steps)
-        self._metrics = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._metrics = LineFile(self._folder / METRICS_FILE)
         if config.log.wandb != "disabled":
             self._wandb = start_dashboard(config, self._folder)
         self._beside = Background("log", yields=True)
@@ -166,8 +167,6 @@ class RunLog:
 
         Args:
             total_steps: the step at which the run ends, for the line on the terminal.
-        Raises:
-            OSError: what writing raised before.
         """
         if self._beside is None:
             return
@@ -196,8 +195,6 @@ class RunLog:
             parameters: of the model.
             values: `eval/loss` (nats per token) and whatever else was measured, by name; None for what is not defined.
             known: whether an earlier run has judged it.
-        Raises:
-            OSError: what writing raised before.
         """
         if self._beside is None:
             return
@@ -216,11 +213,7 @@ class RunLog:
         self.say(f"held-out text, {model}{when}: {shown}")
 
     def flush(self) -> None:
-        """Wait until all that was given is in the files.
-
-        Raises:
-            OSError: what writing raised.
-        """
+        """Wait until all that was given is in the files, as far as the disk takes it."""
         if self._beside is not None:
             self._beside.wait()
 
@@ -252,6 +245,8 @@ class RunLog:
         if beside is not None and self._metrics is not None:
             try:
                 beside.wait()
+                if self.evaluations:
+                    write_lines(self._folder / EVALUATIONS_FILE, self.evaluations)
             finally:
                 beside.close()
                 self._metrics.close()
@@ -274,15 +269,26 @@ class RunLog:
 
     def _write_step(self, values: Mapping[str, Any], step: int) -> None:
         assert self._metrics is not None
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        with self._bearing(METRICS_FILE):
+            self._metrics.write(values)
         self._to_wandb(values, step=step)
 
     def _write_evaluations(
         self, lines: Sequence[Mapping[str, Any]], newest: Mapping[str, Any], step: int
     ) -> None:
-        write_lines(self._folder / EVALUATIONS_FILE, lines)
+        with self._bearing(EVALUATIONS_FILE):
+            write_lines(self._folder / EVALUATIONS_FILE, lines)
         self._to_wandb(newest, step=step)
+
+    @contextmanager
+    def _bearing(self, name: str) -> Iterator[None]:
+        """Bear a disk that is full: the file is written with what comes next, at the latest when the log is closed."""
+        try:
+            yield
+        except OSError as error:
+            self.say(
+                f"warning: {self._folder / name} could not be written: {error.strerror}; tried again with the next line"
+            )
 
     def _line(self, metrics: StepMetrics, total_steps: int) -> str:
         width = len(str(total_steps))

@@ -299,11 +299,16 @@ def write_modeling_code(folder: Path, model: PreTrainedModel) -> None:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what a model's folder holds beside config and weights: tokenizer, generation config, licence."""
-    for path in {path for pattern in _COMPANIONS for path in source.glob(pattern)}:
+    for path in companion_paths(source):
         if path.is_dir():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, target / path.name)
+
+
+def companion_paths(source: Path) -> list[Path]:
+    """Return the files and folders that `copy_companions` copies."""
+    return sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)})
 
 
 def load_kept(folder: Path) -> tuple[Kept, dict[str, Any]]:

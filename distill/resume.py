@@ -7,16 +7,24 @@ the moments by the same indices (`distill.carry`), unless they are reset. Projec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from distill.carry import carry_moments
+from distill.companions import read_settings
 from distill.config import Config, ConfigError
+from distill.convert import config_to_dict, flatten, show
+from distill.deploy.from_checkpoint import export_checkpoint
 from distill.hidden_map import PROJECTION
+from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
-from distill.rounds import Progress
+from distill.rounds import Lineage, Progress
 from distill.session import Session
 from distill.structure import Sizes
+from distill.student_config import Student
 from parallel import checkpoint
+from parallel.checkpoint_folders import DAMAGED, PassedOver, Sound, drop_after, newest_sound, verify
+from parallel.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 
@@ -24,32 +32,108 @@ from parallel.model import build_meta_model
 def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is.
 
-    Collectives: broadcasts and a barrier over the world.
+    It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such;
+    what is passed over is told in a line, and set aside.
+
+    Raises:
+        ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
+    Collectives: those of `newest_sound` or `verify`, and a barrier over the world.
     """
     choice, root = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
-    foreign = choice not in ("auto", "none") and Path(choice).resolve().parent != root.resolve()
     if choice == "none":
         return None, Progress()
+    foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
+    sound: Sound | None = None
+    passed: list[PassedOver] = []
     if choice == "auto" or foreign:
         # With another run's checkpoint this run only begins: the same command goes on from its own, once it has one.
-        own = checkpoint.latest(root, mesh)
-        found, foreign = (own, False) if own is not None or choice == "auto" else (Path(choice), True)
-    else:
-        found = Path(choice)
-    if found is None:
-        return None, Progress()
+        sound, passed = _newest_own(root, mesh)
+        foreign = foreign and sound is None
     try:
-        manifest = checkpoint.read_manifest(found)
-        progress = Progress(**manifest.extras)
-    except (checkpoint.CheckpointError, TypeError) as error:
+        if sound is None and choice != "auto":
+            sound = Sound(Path(choice), verify(Path(choice), mesh))
+        if sound is None:
+            return None, Progress()
+        progress = _progress(sound)
+    except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     if progress.round >= len(config.rounds) or (foreign and progress.round):
         raise ConfigError(
             f"checkpoint.resume={choice} is of round {progress.round}, which this run cannot begin with; give that round's "
             "student as student.model"
         )
-    checkpoint.drop_after(root, manifest.step, mesh)
-    return found, progress
+    drop_after(root, progress.step, mesh, damaged=passed)
+    return sound.folder, progress
+
+
+def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
+    """Return the run's newest sound checkpoint and what was passed over, and say so.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is sound.
+    """
+    sound, passed = newest_sound(root, mesh)
+    damaged = [each for each in passed if each.was_complete]
+    if sound is None and damaged:
+        raise ConfigError(
+            f"checkpoint.resume=auto: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
+            "begin anew"
+        )
+    if mesh.world.is_first:
+        for each in passed:
+            aside = f", set aside as {each.folder.name}{DAMAGED}" if each.was_complete else ""
+            print(f"passed over {each.folder.name}: {each.reason}{aside}", flush=True)
+    return sound, passed
+
+
+def _progress(sound: Sound) -> Progress:
+    """Return how far a checkpoint is. Raises: CheckpointError, it says impossible things."""
+    try:
+        progress = Progress.from_dict(sound.manifest.extras)
+    except ValueError as error:
+        raise CheckpointError(f"{sound.folder / MANIFEST} cannot be read: {error}") from error
+    if progress.step != sound.manifest.step:
+        raise CheckpointError(
+            f"{sound.folder / MANIFEST} cannot be read: extras.step is {progress.step}, step {sound.manifest.step}"
+        )
+    return progress
+
+
+def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -> None:
+    """Make the folder of the round's student out of a checkpoint, where it is not there and would be cut anew.
+
+    A cut that is made again could keep other units, which the checkpoint's weights do not belong to. Only where the teacher
+    has another name by now it is made again.
+
+    Raises:
+        ConfigError: the checkpoint holds no student, or another one than is asked for.
+    Collectives: two broadcasts over the world.
+    """
+    target = lineage.factored if settings.student.low_rank.is_asked else lineage.begins
+    if target is None or is_there(target, mesh):
+        return
+
+    def bring() -> None:
+        try:
+            theirs = read_settings(found)
+        except CheckpointError as error:
+            raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
+        _check_student(found, theirs.student, settings.student)
+        if theirs.teacher.model == settings.teacher.model:
+            export_checkpoint(found, target, low_rank="factored")
+
+    first_rank_does(mesh, bring)
+
+
+def _check_student(found: Path, theirs: Student, ours: Student) -> None:
+    """Raise ConfigError if a checkpoint's student was made otherwise than is asked for."""
+    made = [flatten(config_to_dict(replace(each, sparsity=Student().sparsity))) for each in (theirs, ours)]
+    for key, value in made[1].items():
+        if made[0].get(key) != value:
+            raise ConfigError(
+                f"{found} belongs to another student: student.{key}={show(made[0].get(key))} there, {show(value)} here; use "
+                "the same, or checkpoint.resume=none"
+            )
 
 
 def take_over(found: Path, settings: Config, session: Session, *, begins: bool, recut: bool) -> None:
@@ -76,7 +160,7 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
                 optimizer.reset_moments()
         elif moments == "keep":
             _carry(found, session)
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
 
 
@@ -88,7 +172,7 @@ def _of_a_round(name: str) -> bool:
 
 def _carry(found: Path, session: Session) -> None:
     models = session.models
-    manifest = checkpoint.read_manifest(found)
+    manifest = read_manifest(found)
     shapes = {
         name: tuple(each.shape) for name, each in build_meta_model(models.origin_config).named_parameters()
     }

@@ -8,10 +8,12 @@ round's teacher, nats per token. What is here depends on settings and numbers al
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from distill.config import Config, ConfigError, Gate
 from distill.convert import round_config
@@ -123,6 +125,25 @@ class Progress:
             rows=self.rows + rows,
             tokens=self.tokens + tokens,
         )
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Progress:
+        """Return the progress that a checkpoint holds.
+
+        Raises:
+            ValueError: an entry is missing, unknown or impossible; the message names it.
+        """
+        names = [each.name for each in fields(Progress)]
+        if values.keys() != set(names):
+            raise ValueError(f"extras must hold {', '.join(names)} and nothing else")
+        for name, value in values.items():
+            whole = type(value) is int and 0 <= value < 2**53
+            seconds = name == "prune_s" and type(value) is float and 0 <= value < math.inf
+            if not whole and not seconds:
+                raise ValueError(f"extras.{name} is {value!r:.40}, which is no number of 0 or more")
+        if values["round_step"] > values["step"]:
+            raise ValueError(f"extras.round_step is {values['round_step']}, more than step={values['step']}")
+        return Progress(**values)
 
     def next_round(self) -> Progress:
         """Return the progress at the first step of the next round."""

@@ -29,9 +29,14 @@ _MADE = ("pruned", METRICS_FILE, "checkpoints", "student")
 MAY_CHANGE = (
     "train.steps",  # the learning rate's schedule is then laid over the new number
     "train.timeout_s",
+    "train.microbatch_size",
     "train.recompute",
     "train.compile",
+    "mesh.",
     "pipeline.",
+    "optimizer.engine",
+    "optimizer.zero_stage",
+    "optimizer.offload",
     "data.cache_dir",
     "checkpoint.",
     "log.",
@@ -41,6 +46,8 @@ MAY_CHANGE = (
     "evaluate.out",
 )
 """Keys, or groups with a dot at the end, that may differ when a run goes on: the trajectory does not depend on them."""
+_ROUND_STAYS = ("train.steps",)
+"""Of them, what may not differ inside an entry of `rounds`."""
 
 
 def check_run_folder(config: Config) -> None:
@@ -157,15 +164,28 @@ def write_whole(file: Path, text: str) -> None:
 def _differing_keys(file: Path, config: Config) -> list[tuple[str, str, str]]:
     """Return key, the folder's value and ours, for each setting that differs and may not."""
     try:
-        theirs = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        theirs = _comparable(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{file} is not the settings of a run; use another run.dir") from error
-    ours = flatten(config_to_dict(config))
+    ours = _comparable(config_to_dict(config))
     return [
         (key, show(theirs.get(key)), show(ours.get(key)))
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not _may_change(key)
+        if theirs.get(key) != ours.get(key)
     ]
+
+
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not differ, also those inside the entries of `rounds`."""
+    flat = {key: value for key, value in flatten(values).items() if not _may_change(key)}
+    rounds = flat.get("rounds")
+    if isinstance(rounds, list):
+        # How long an earlier round was has shaped what came after it.
+        flat["rounds"] = [
+            {key: each for key, each in flatten(entry).items() if key in _ROUND_STAYS or not _may_change(key)}
+            for entry in rounds
+        ]
+    return flat
 
 
 def _may_change(key: str) -> bool:

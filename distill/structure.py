@@ -318,6 +318,12 @@ def student_name(name: str, kept: Kept) -> str | None:
     return f"{inside['before']}{kept.layers.index(layer)}.{inside['module']}.{inside['leaf']}"
 
 
+def layer_module(name: str) -> str | None:
+    """Return the module of a decoder layer that a parameter belongs to, a key of `MATRICES` if it is a linear's."""
+    inside = _IN_LAYER.match(name)
+    return inside["module"] if inside else None
+
+
 def teacher_name(name: str, kept: Kept) -> str:
     """Return a student's parameter name as the teacher has it; the inverse of `student_name`."""
     inside = _IN_LAYER.match(name)

@@ -13,12 +13,13 @@ import gc
 import math
 import resource
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill.companions import companions
 from distill.config import Config
 from distill.evaluate import num_parameters
 from distill.judging import gap_closed
@@ -27,9 +28,10 @@ from distill.metrics import RunLog, StepMetrics
 from distill.model_checks import not_finite
 from distill.planning import Planner
 from distill.results import export_round, run_summary
-from distill.resume import find_checkpoint, take_over
+from distill.resume import bring_student, find_checkpoint, take_over
 from distill.rounds import STUDENT_FOLDER, Progress, lineage_of, round_folder, rounds_of, verdict
 from distill.runfolder import read_summary, write_config
+from distill.running import Running
 from distill.session import Session, open_session
 from distill.step import StepStats
 from distill.stop import Stop
@@ -37,53 +39,6 @@ from distill.timeline import write_timeline
 from parallel import checkpoint
 from parallel.collectives import all_reduce_, broadcast_object
 from parallel.mesh import Mesh
-
-
-@dataclass
-class _Run:
-    """What all rounds share."""
-
-    config: Config
-    rounds: tuple[Config, ...]
-    mesh: Mesh
-    stop: Stop
-    progress: Progress
-    resumed: Path | None
-    """The checkpoint that this process began with."""
-    log: RunLog = field(init=False)
-    """Opened when the first round's models are loaded: a mistake leaves no log behind."""
-    sparsity: dict[str, Any] | None = None
-    """Pattern and share of the weights that the latest student holds at zero."""
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.run.dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are."""
-        return self.folder / "checkpoints"
-
-    @property
-    def settings(self) -> Config:
-        """The settings of the round that runs."""
-        return self.rounds[self.progress.round]
-
-    @property
-    def total_steps(self) -> int:
-        """The step at which the run ends, if no round from here on is trained again."""
-        left = self.settings.train.steps - self.progress.round_step
-        return (
-            self.progress.step
-            + left
-            + sum(each.train.steps for each in self.rounds[self.progress.round + 1 :])
-        )
-
-    @property
-    def words(self) -> str:
-        """The round, where there are several."""
-        return f"round {self.progress.round}: " if len(self.rounds) > 1 else ""
 
 
 def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
@@ -106,7 +61,7 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
         write_config(config)
     resumed, progress = find_checkpoint(config, mesh)
-    running = _Run(config, rounds, mesh, stop, progress, resumed)
+    running = Running(config, rounds, mesh, stop, progress, newest=resumed)
     session: Session | None = _open(running)
     with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step) as log:
         stop.call_before_kill(log.save_buffers)
@@ -122,16 +77,25 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
                 f"stopped after step {step} of {running.total_steps}; the same command goes on from there"
             )
             return log.finish({"finished": False})
+        if what == "unsaved":
+            where = "anew" if running.newest is None else f"from {running.newest}"
+            return log.finish(
+                {"finished": False, "failure": f"{running.unsaved}; the same command begins {where}"}
+            )
         summary = {}
         if mesh.world.is_first:
             summary = run_summary(log, config, rounds, running.progress, sparsity=running.sparsity)
         return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _open(running: _Run) -> Session:
+def _open(running: Running) -> Session:
     """Return the round's session, with what it takes over from the checkpoint that it goes on from."""
     settings, mesh, progress = running.settings, running.mesh, running.progress
     lineage = lineage_of(running.rounds, progress.round)
+    # Where a round begins, the checkpoint is that of the round before, or of its own training before.
+    begins = progress.round_step == 0 and progress.step > 0
+    if running.newest is not None and not begins:
+        bring_student(running.newest, settings, lineage, mesh)
     session = open_session(
         settings,
         mesh,
@@ -140,29 +104,34 @@ def _open(running: _Run) -> Session:
         first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
     )
     running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
-    # Where a round begins, the checkpoint is that of the round before, or of its own training before.
-    begins = progress.round_step == 0 and progress.step > 0
-    found = checkpoint.latest(running.checkpoints, mesh) if begins else running.resumed
-    if found is not None:
+    if running.newest is not None:
         recut = lineage.made_in == progress.round and not progress.attempt
-        take_over(found, settings, session, begins=begins, recut=recut)
+        take_over(running.newest, settings, session, begins=begins, recut=recut)
     if session.sparsifier is not None:
         session.sparsifier.begin()
     return session
 
 
-def _round(running: _Run, session: Session) -> str:
-    """Train a round once, from where it is; return `stopped`, `end`, or `next` when there is more to train."""
+def _round(running: Running, session: Session) -> str:
+    """Train a round once, from where it is; return `stopped`, `end`, `next` when there is more to train, or `unsaved`."""
     config, settings, mesh, progress = running.config, running.settings, running.mesh, running.progress
     _say_start(running, session)
-    optimizer = session.step.optimizer
-    with checkpoint.Saver(running.checkpoints, optimizer, mesh, keep=config.checkpoint.keep) as saver:
+    with checkpoint.Saver(
+        running.checkpoints,
+        session.step.optimizer,
+        mesh,
+        keep=config.checkpoint.keep,
+        companions=companions(settings, session.models.student_folder) if mesh.world.is_first else None,
+    ) as saver:
         _judge_start(running, session)
-        if not _train(running, session, saver):
-            # Not the links: what the teacher has sent ahead is still under way.
-            session.step.close()
-            return "stopped"
-        figures = _judge_student(running, session, with_choices=True)
+        finished = _train(running, session, saver)
+        figures = _judge_student(running, session, with_choices=True) if finished else {}
+        saver.wait()
+    running.tell(saver)
+    if not finished:
+        # Not the links: what the teacher has sent ahead is still under way.
+        session.step.close()
+        return "stopped" if running.unsaved is None else "unsaved"
     following = _follows(running, figures["eval/loss"])
     if session.planner.typical is not None:
         write_timeline(running.folder, mesh, *session.planner.typical, session.planner.costs)
@@ -174,6 +143,8 @@ def _round(running: _Run, session: Session) -> str:
             running.log, config, settings, mesh, session, target, running.progress, sparsity=running.sparsity
         )
     session.close()
+    if running.unsaved is not None:
+        return "unsaved"
     if following == "again":
         running.progress = running.progress.again()
     elif following == "next":
@@ -181,7 +152,7 @@ def _round(running: _Run, session: Session) -> str:
     return "end" if following == "end" else "next"
 
 
-def _follows(running: _Run, loss: float) -> str:
+def _follows(running: Running, loss: float) -> str:
     """Return what follows the round: `again`, `next` or `end`; say why where it is not plain. Equal on every rank."""
     progress, gate = running.progress, running.settings.gate
     teacher = broadcast_object(running.log.level("teacher"), running.mesh.world)
@@ -200,7 +171,7 @@ def _follows(running: _Run, loss: float) -> str:
     return "end" if what == "stop" or is_last else "next"
 
 
-def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
+def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
     """Take the round's steps that are left; return whether all are done, or else saved when a stop was asked for."""
     config, settings, mesh, log = running.config, running.settings, running.mesh, running.log
     while running.progress.round_step < settings.train.steps:
@@ -229,9 +200,9 @@ def _train(running: _Run, session: Session, saver: checkpoint.Saver) -> bool:
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
             saver.save(progress.step, asdict(progress))
-        saver.check()
+        for failure in saver.check():
+            log.say(f"warning: {failure}; training goes on, the next one is tried as usual")
         if stopping and not done:
-            saver.wait()
             return False
     return True
 
@@ -283,7 +254,7 @@ def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes:
     )
 
 
-def _judge_start(running: _Run, session: Session) -> None:
+def _judge_start(running: Running, session: Session) -> None:
     """Judge the teacher where a run starts and the student where a round does; refuse models without finite losses."""
     progress, log = running.progress, running.log
     # A run that goes on from another run's checkpoint has judged nothing either.
@@ -304,7 +275,7 @@ def _judge_start(running: _Run, session: Session) -> None:
         _check_finite(running.settings, "student", _judge_student(running, session, with_choices=True))
 
 
-def _judge_student(running: _Run, session: Session, *, with_choices: bool) -> Figures:
+def _judge_student(running: Running, session: Session, *, with_choices: bool) -> Figures:
     """Judge the student against the round's teacher, and log it."""
     progress, log = running.progress, running.log
     figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
@@ -328,7 +299,7 @@ def _check_finite(config: Config, who: str, figures: Figures) -> None:
     raise not_finite(config, key, f"the {who}'s loss on the held-out text is {loss}, its KL {kl}")
 
 
-def _say_start(running: _Run, session: Session) -> None:
+def _say_start(running: Running, session: Session) -> None:
     config, progress = running.settings, running.progress
     running.log.say(
         f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "

@@ -13,6 +13,7 @@ from distill.config import Config
 from distill.runfolder import check_run_folder, write_summary
 from distill.stop import Stop
 from launch.command import Command, run_command
+from launch.environment import FAILURE
 from launch.lm_eval import judge_folder, with_figures
 from launch.report import run_report
 
@@ -25,6 +26,11 @@ def distill(config: Config, mesh: Mesh, stop: Stop) -> None:
     from distill.train import run
 
     summary = run(config, mesh, stop)
+    if "failure" in summary:
+        if mesh.world.is_first:
+            print(f"error: {summary['failure']}", file=sys.stderr, flush=True)
+        # All ranks have agreed on it, so none of them waits for this one.
+        raise SystemExit(FAILURE)
     if mesh.world.is_first and summary["finished"]:
         # Last of all, because no rank waits for this one any more.
         summary = _with_lm_eval(config, mesh, summary)

@@ -1,23 +1,23 @@
 """Checkpoints of a training run: written beside the steps, complete or absent.
 
     checkpoints/step-00000120/
-      manifest.json                 step, layout, size of each file, the caller's extras
+      manifest.json                 step, layout, size and SHA-256 of each file, the caller's extras, a checksum of itself
       stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
+      ...                           small files that the caller gives along
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
-folder. A step waits only for the copy of its state. Data-parallel replicas and both ends of a tie are equal, so only one
-writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from any other
-(`parallel.checkpoint_files`).
+folder. A step waits only for the copy of its state. A disk that is full or broken on any rank costs this checkpoint and
+nothing else: all ranks learn of it, the half-written folder goes, those before stay. Data-parallel replicas and both ends of
+a tie are equal, so only one writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from
+any other (`parallel.checkpoint_files`); what is sound, `parallel.checkpoint_folders` says.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,32 +26,19 @@ import torch
 from torch import Tensor
 
 from parallel.background import Background
-from parallel.checkpoint_files import CheckpointError, CheckpointFiles, write_shards
-from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.checkpoint_files import CheckpointFiles, write_shards
+from parallel.checkpoint_folders import PARTIAL, complete_checkpoints, folder_of, remove
+from parallel.checkpoint_manifest import CheckpointError, Manifest, read_manifest, write_manifest
+from parallel.collectives import broadcast_object, gather_objects
+from parallel.hashed_files import FileRecord, sync, write_file
 from parallel.layers import ShardSpec
 from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
 
-MANIFEST = "manifest.json"
 _LAST_S = 60.0
 """How long a run that failed waits for its checkpoint under way."""
 _OTHER = "it belongs to another student"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int
-    """Optimizer steps done."""
-    updates: int
-    """Of them, those that the moments have seen."""
-    layout: dict[str, int]
-    """Sizes of the mesh that wrote it, by key."""
-    files: dict[str, int]
-    """File name -> bytes."""
-    extras: dict[str, Any]
 
 
 def _file_name(mesh: Mesh) -> str:
@@ -71,6 +58,17 @@ def _layout(mesh: Mesh, optimizer: StageOptimizer) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True)
+class _State:
+    """What is written of this rank's state, copied."""
+
+    step: int
+    updates: int
+    tensors: dict[str, Tensor]
+    shards: dict[str, ShardSpec]
+    extras: dict[str, Any]
+
+
 class Saver:
     """Writes a run's checkpoints while its training goes on, one after the other, on a thread that yields to all else.
 
@@ -79,21 +77,37 @@ class Saver:
     Args:
         root: the run's `checkpoints` folder.
         keep: how many of the newest complete ones stay.
+        companions: small files to put into each checkpoint, by their paths in it; those of rank 0 count.
     """
 
-    def __init__(self, root: Path, optimizer: StageOptimizer, mesh: Mesh, *, keep: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        optimizer: StageOptimizer,
+        mesh: Mesh,
+        *,
+        keep: int,
+        companions: Mapping[str, bytes] | None = None,
+    ) -> None:
         self._root, self._optimizer, self._mesh, self._keep = root, optimizer, mesh, keep
+        self._companions = dict(companions or {})
         self._beside = Background("checkpoints", yields=True)
+        self._untold: list[str] = []
+        self.newest: Path | None = None
+        """The newest checkpoint that this saver has completed; equal on all ranks after `wait`."""
+        self.failure: str | None = None
+        """A sentence that says why the checkpoint asked for last could not be written, or None. Equal on all ranks after
+        `wait`."""
 
     def save(self, step: int, extras: dict[str, Any]) -> None:
-        """Copy this rank's state, and write it from then on; waits for the checkpoint before to be complete.
+        """Copy this rank's state, and write it from then on; waits for the checkpoint before to come to its end.
 
         Args:
             step: optimizer steps done.
             extras: JSON values of the caller (round, fingerprints).
         Raises:
-            OSError: what writing raised before.
-        Collectives: on the thread, over `mesh.background`: a barrier, a gather of file sizes, a barrier.
+            Exception: what writing raised before, other than a file system's errors (see `failure`).
+        Collectives: on the thread, over `mesh.background`: a broadcast, a gather of file records, a broadcast.
         """
         self.wait()
         tensors: dict[str, Tensor] = {}
@@ -106,14 +120,18 @@ class Saver:
                 tensors[name] = view.detach().to("cpu", copy=True)
                 if entry.shard is not None:
                     shards[name] = entry.shard
-        self._beside.give(partial(self._write, step, self._optimizer.num_updates, tensors, shards, extras))
+        state = _State(step, self._optimizer.num_updates, tensors, shards, extras)
+        self._beside.give(partial(self._write, state))
 
-    def check(self) -> None:
-        """Raise what writing has raised so far."""
+    def check(self) -> list[str]:
+        """Return the failures since the last call, one sentence each; raise what writing has raised so far."""
         self._beside.check()
+        told = len(self._untold)
+        untold, self._untold[:told] = self._untold[:told], []
+        return untold
 
     def wait(self) -> None:
-        """Wait until the checkpoint under way is complete on all ranks, and raise what writing it raised."""
+        """Wait until the checkpoint under way is complete on all ranks or has failed on all; raise what writing it raised."""
         self._beside.wait()
 
     def __enter__(self) -> Self:
@@ -131,105 +149,79 @@ class Saver:
         finally:
             self._beside.close()
 
-    def _write(
-        self,
-        step: int,
-        updates: int,
-        tensors: dict[str, Tensor],
-        shards: dict[str, ShardSpec],
-        extras: dict[str, Any],
-    ) -> None:
-        root, mesh = self._root, self._mesh
-        final = root / f"step-{step:08d}"
-        temporary = root / f"{final.name}.partial"
+    def _write(self, state: _State) -> None:
+        """Write a checkpoint; every rank learns whether all could."""
+        mesh, final = self._mesh, folder_of(self._root, state.step)
+        folder = final.with_name(final.name + PARTIAL)
+        failure = broadcast_object(self._try(lambda: self._make(folder))[1], mesh.background)
+        if failure is None:
+            reports = gather_objects(self._try(lambda: self._write_files(folder, state)), mesh.background)
+            failure = next((each for _, each in reports if each is not None), None)
+        if failure is None:
+            records = {name: record for mine, _ in reports for name, record in mine.items()}
+            ended = self._try(lambda: self._complete(folder, final, state, records))[1]
+            failure = broadcast_object(ended, mesh.background)
+        if failure is None:
+            self.newest, self.failure = final, None
+            return
         if mesh.world.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier(mesh.background)
-        written: dict[str, int] = {}
-        if mesh.dp.is_first:
-            path = temporary / _file_name(mesh)
-            write_shards(tensors, shards, path)
-            _sync(path)
-            written[path.name] = path.stat().st_size
-        reports = gather_objects(written, mesh.background)
-        if mesh.world.is_first:
-            files = {name: size for report in reports for name, size in report.items()}
-            layout = _layout(mesh, self._optimizer)
-            manifest = Manifest(step, updates, layout, files, extras)
-            (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
-            _sync(temporary / MANIFEST)
+            shutil.rmtree(folder, ignore_errors=True)
+        self.failure = f"the checkpoint of step {state.step} could not be written: {failure}"
+        self._untold.append(self.failure)
+
+    def _try(self, work: Callable[[], dict[str, FileRecord]]) -> tuple[dict[str, FileRecord], str | None]:
+        """Return what a rank has written, or why it could not: no other rank may wait for it."""
+        try:
+            return work(), None
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            file = getattr(error, "filename", None)
+            return {}, f"{self._mesh.describe()}: {f'{file}: ' if file else ''}{reason}"
+
+    def _make(self, folder: Path) -> dict[str, FileRecord]:
+        """Make the folder, and remove what is left of saves that were cut off."""
+        if self._mesh.world.is_first:
+            for rest in self._root.glob(f"*{PARTIAL}"):
+                shutil.rmtree(rest)
+            folder.mkdir(parents=True)
+        return {}
+
+    def _write_files(self, folder: Path, state: _State) -> dict[str, FileRecord]:
+        """Write this rank's files; return their records by name."""
+        records: dict[str, FileRecord] = {}
+        if self._mesh.dp.is_first:
+            path = folder / _file_name(self._mesh)
+            records[path.name] = write_shards(state.tensors, state.shards, path)
+        if self._mesh.world.is_first:
+            for name, content in self._companions.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                records[name] = write_file(folder / name, [content])
+        return records
+
+    def _complete(
+        self, folder: Path, final: Path, state: _State, records: Mapping[str, FileRecord]
+    ) -> dict[str, FileRecord]:
+        """Write the manifest, give the folder its name, and let the oldest go."""
+        if self._mesh.world.is_first:
+            sides: dict[bool, dict[str, FileRecord]] = {True: {}, False: {}}
+            for name, record in records.items():
+                sides[name in self._companions][name] = record
+            layout = _layout(self._mesh, self._optimizer)
+            write_manifest(
+                Manifest(state.step, state.updates, layout, sides[False], sides[True], state.extras), folder
+            )
+            sync(folder)
             shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync(root)
-            for old in complete_checkpoints(root)[: -self._keep]:
-                shutil.rmtree(old)
-        barrier(mesh.background)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk: a rename must not arrive before the bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the folders of complete checkpoints, oldest first."""
-    return sorted(
-        path for path in root.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).exists()
-    )
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and check that its files are there in full.
-
-    Raises:
-        CheckpointError: no manifest, or a file is missing or has another size.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}")
-    try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    counts, groups = (manifest.step, manifest.updates), (manifest.layout, manifest.files, manifest.extras)
-    if not all(type(count) is int for count in counts) or not all(isinstance(each, dict) for each in groups):
-        raise CheckpointError(
-            f"{path} cannot be read: step, updates, layout, files or extras has a wrong type"
-        )
-    for name, size in manifest.files.items():
-        file = folder / Path(name).name
-        found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            raise CheckpointError(f"{file} has {found} bytes, its checkpoint says {size}")
-    return manifest
-
-
-def drop_after(root: Path, step: int, mesh: Mesh) -> None:
-    """Remove the checkpoints of a run after `step`: it goes on from there on another way.
-
-    Collectives: a barrier over the world.
-    """
-    if mesh.world.is_first:
-        for folder in complete_checkpoints(root):
-            if int(folder.name.removeprefix("step-")) > step:
-                shutil.rmtree(folder)
-    barrier(mesh.world)
-
-
-def latest(root: Path, mesh: Mesh) -> Path | None:
-    """Return the newest complete checkpoint, the same on every rank, or None. Collectives: one broadcast."""
-    found = complete_checkpoints(root) if mesh.world.is_first else []
-    return broadcast_object(found[-1] if found else None, mesh.world)
+            folder.rename(final)
+            sync(self._root)
+            for old in complete_checkpoints(self._root)[: -self._keep]:
+                remove(old)
+        return {}
 
 
 def open_files(folder: Path, manifest: Manifest) -> CheckpointFiles:
     """Open the tensors of a checkpoint. Raises: CheckpointError, a file that cannot be read."""
-    return CheckpointFiles(folder / Path(name).name for name in sorted(manifest.files))
+    return CheckpointFiles(folder / name for name in sorted(manifest.files))
 
 
 def restore(

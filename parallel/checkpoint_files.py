@@ -9,29 +9,32 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from parallel.checkpoint_manifest import CheckpointError
+from parallel.hashed_files import FileRecord, write_safetensors
 from parallel.layers import ShardSpec
 
 _HEADER = "shards"
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file and the reason."""
+def write_shards(tensors: Mapping[str, Tensor], shards: Mapping[str, ShardSpec], path: Path) -> FileRecord:
+    """Write tensors and, for those that are shards, where each lies in its whole.
 
-
-def write_shards(tensors: Mapping[str, Tensor], shards: Mapping[str, ShardSpec], path: Path) -> None:
-    """Write tensors and, for those that are shards, where each lies in its whole."""
+    Raises:
+        OSError: with the file's name.
+    """
     header = {name: [spec.dim, spec.start, spec.stop, spec.full] for name, spec in shards.items()}
-    save_file(dict(tensors), path, metadata={_HEADER: json.dumps(header)})
+    return write_safetensors(tensors, path, metadata={_HEADER: json.dumps(header)})
 
 
 class _Piece(NamedTuple):
@@ -73,12 +76,15 @@ class CheckpointFiles:
     def _open(self, path: Path) -> None:
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            shards = {name: ShardSpec(*map(int, place)) for name, place in header.items()}
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+            shards = _read_header((file.metadata() or {}).get(_HEADER, "{}"))
+            names = set(file.keys())
+            if shards.keys() - names:
+                raise ValueError(f"its header places {min(shards.keys() - names)!r}, which is not in it")
+            for name in names:
+                _check_type(name, file.get_slice(name).get_dtype())
+                self._pieces[name].append(_Piece(path, file, shards.get(name)))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-            self._pieces[name].append(_Piece(path, file, shards.get(name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a whole tensor.
@@ -86,11 +92,13 @@ class CheckpointFiles:
         Raises:
             CheckpointError: it is not there.
         """
-        shapes = {self._whole_shape(piece, name): piece.path for piece in self._of(name)}
+        pieces = self._of(name)
+        shapes = {self._whole_shape(piece, name): piece.path for piece in pieces}
         if len(shapes) > 1:
             raise CheckpointError(
                 f"{', '.join(map(str, shapes.values()))} disagree on the shape of {name!r}: {[*shapes]}"
             )
+        _check_overlap(name, pieces)
         return next(iter(shapes))
 
     @staticmethod
@@ -143,3 +151,37 @@ class CheckpointFiles:
         if name not in self._pieces:
             raise CheckpointError(f"no file of the checkpoint has the tensor {name!r}")
         return self._pieces[name]
+
+
+def _read_header(text: str) -> dict[str, ShardSpec]:
+    """Return where the shards of a file lie. Raises: ValueError, with the name whose place is impossible."""
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise CheckpointError("its header of shards is no mapping")
+    shards = {}
+    for name, place in header.items():
+        # A bool is an int to Python.
+        fits = isinstance(place, list) and len(place) == 4 and all(type(each) is int for each in place)
+        if not fits or place[0] < 0 or not 0 <= place[1] <= place[2] <= place[3]:
+            raise ValueError(
+                f"its header places {name!r} at {place!r:.80}, which is no [dim, start, stop, full]"
+            )
+        shards[name] = ShardSpec(*place)
+    return shards
+
+
+def _check_type(name: str, dtype: str) -> None:
+    """Raise ValueError unless a tensor is a mask of bools, or anything else of floats."""
+    if (dtype != "BOOL") if name.startswith("mask/") else (dtype not in _FLOATS):
+        raise ValueError(f"{name!r} is of the type {dtype}")
+
+
+def _check_overlap(name: str, pieces: Sequence[_Piece]) -> None:
+    """Raise CheckpointError if two pieces of a tensor share a part of it, and are not the same part."""
+    places = {(each.shard.start, each.shard.stop): each.path for each in pieces if each.shard is not None}
+    for one, other in pairwise(sorted(place for place in places if place[0] < place[1])):
+        if other[0] < one[1]:
+            raise CheckpointError(
+                f"{places[one]} holds {name!r} from {one[0]} to {one[1]}, {places[other]} from {other[0]} to {other[1]}: "
+                "they overlap"
+            )

@@ -67,7 +67,7 @@ def export_student(
     barrier(mesh.world)
     export_weights(stages, mesh, temporary, dtype=dtype, merge_factors=merge_factors)
     if mesh.world.is_first:
-        _write_config(model_config, temporary, dtype=dtype, merge_factors=merge_factors)
+        write_config(model_config, temporary, dtype=dtype, merge_factors=merge_factors)
         copy_companions(source, temporary)
         write_modeling_code(temporary, stages[0].causal_lm)
         if (source / KEPT_FOLDER).is_dir():
@@ -78,20 +78,30 @@ def export_student(
     barrier(mesh.world)
 
 
-def _write_config(
+def merged_config(model_config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a config in which no linear is factored."""
+    merged = copy.deepcopy(model_config)
+    if ranks_of(merged):
+        delattr(merged, CONFIG_KEY)
+        if getattr(merged, "auto_map", None) == _AUTO_MAP:
+            del merged.auto_map
+    return merged
+
+
+def write_config(
     model_config: PretrainedConfig, folder: Path, *, dtype: torch.dtype, merge_factors: bool
 ) -> None:
-    """Write config.json, and beside it the code that loads factored linears if there are any and they stay."""
-    written = copy.deepcopy(model_config)
+    """Write config.json, and beside it the code that loads factored linears if there are any and they stay.
+
+    Args:
+        dtype: of the written weights.
+        merge_factors: whether the weights of factored linears are written as one matrix each.
+    """
+    written = merged_config(model_config) if merge_factors else copy.deepcopy(model_config)
     written.dtype = dtype
     if ranks_of(written):
-        if merge_factors:
-            delattr(written, CONFIG_KEY)
-            if getattr(written, "auto_map", None) == _AUTO_MAP:
-                del written.auto_map
-        else:
-            written.auto_map = _AUTO_MAP
-            shutil.copyfile(modeling_reflux_low_rank.__file__, folder / f"{_MODELING}.py")
+        written.auto_map = _AUTO_MAP
+        shutil.copyfile(modeling_reflux_low_rank.__file__, folder / f"{_MODELING}.py")
     written.save_pretrained(folder)
 
 
@@ -99,15 +109,12 @@ def model_card(config: Config, summary: Mapping[str, Any], *, factored: bool = F
     """Return the model card: where the student comes from, how it was trained, what it reaches.
 
     Args:
-        summary: of the run, with its `table`.
+        summary: of the run, with its `table`; or with the `step` that it has come to.
         factored: whether linears were trained in two factors.
     """
     loss, prune = config_to_dict(config.loss), config.student.prune
     alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
-    rows = [
-        f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} | {row['agreement']:.1%} |"
-        for row in summary["table"]
-    ]
+    found = _judged(summary["table"]) if "table" in summary else _not_judged(summary["step"])
     cut = (
         f"pruned from it ({prune.method} importance)"
         if config.student.model is None
@@ -132,11 +139,26 @@ def model_card(config: Config, summary: Mapping[str, Any], *, factored: bool = F
         f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
         f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
         "",
-        "| model | parameters | held-out perplexity | agreement with the teacher's top-1 |",
-        "| --- | --- | --- | --- |",
-        *rows,
+        *found,
         "",
         "The text was used as language modelling material only; judge the student on your own task before use.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _judged(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        "| model | parameters | held-out perplexity | agreement with the teacher's top-1 |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} | {row['agreement']:.1%} |"
+            for row in table
+        ),
+    ]
+
+
+def _not_judged(step: int) -> list[str]:
+    return [
+        f"Exported from the checkpoint of step {step}; the run's `evaluations.jsonl` says what was measured."
+    ]

@@ -48,8 +48,8 @@ def test_the_run_folder_holds_what_is_promised(reference: Path) -> None:
     assert json.loads((reference / "timeline.json").read_text())
     assert (reference / "student" / "README.md").read_text().startswith("---\n")
     names = sorted(path.name for path in (reference / "checkpoints").iterdir())
-    assert names == [f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"], (
-        "keep is 2, and the last step is one of them"
+    assert names == [f"step-{step:08d}" for step in (5, STEPS - 2, STEPS)], (
+        "keep is 3, and the last step is one of them"
     )
     judged = [(line["step"], line["model"]) for line in read_lines(reference / "evaluations.jsonl")]
     assert judged == [(0, "teacher"), (0, "student"), (STEPS, "student")]

@@ -214,14 +214,33 @@ def test_half_of_a_student_or_a_checkpoint_is_not_taken_for_a_whole(
     assert_same_run(tmp_path, reference)
 
 
-def test_a_checkpoint_cut_short_is_told(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
-    shutil.copytree(reference, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    (file,) = (tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")
+def test_a_damaged_checkpoint_is_passed_over(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
+    """By itself; named, it is a mistake, and so are checkpoints of which none is sound."""
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "summary.json").unlink()
+    last, before = (run / "checkpoints" / f"step-{step:08d}" for step in (STEPS, STEPS - 2))
+    (file,) = last.glob("stage-*")
     file.write_bytes(file.read_bytes()[:-100])
-    done = call(distill.COMMAND, inputs.settings(tmp_path / "run"))
+    done = call(distill.COMMAND, inputs.settings(run, f"checkpoint.resume={last}"))
     assert done.code == 2 and len(done.errors) == 1 and done.err.count("\n") == 1
-    assert str(file) in done.err and "bytes, its checkpoint says" in done.err
+    assert done.err.startswith(f"error: checkpoint.resume={last}: {file} has ")
+    assert "bytes, its checkpoint says" in done.err
+    done = call(distill.COMMAND, inputs.settings(run))
+    assert done.code == 0, done.err
+    lines = [line for line in done.out.splitlines() if line.startswith("passed over")]
+    assert len(lines) == 1 and lines[0].startswith(f"passed over {last.name}: {file} has ")
+    assert lines[0].endswith(f", set aside as {last.name}.damaged")
+    assert f"going on after step {STEPS - 2} of {STEPS}" in done.out
+    assert_same_run(run, reference)
+    assert (run / "checkpoints" / f"{last.name}.damaged" / file.name).is_file()
+    (run / "summary.json").unlink()
+    for folder in (run / "checkpoints").glob("step-*[0-9]"):
+        (folder / "student" / "config.json").write_bytes(b"")
+    done = call(distill.COMMAND, inputs.settings(run))
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"checkpoint.resume=auto: no checkpoint in {run / 'checkpoints'} is sound (" in done.err
+    assert before.is_dir() and len(metrics(run)) == STEPS, "nothing is lost"
 
 
 def test_a_student_pruned_for_other_settings_is_not_taken(
@@ -249,6 +268,29 @@ def test_a_checkpoint_of_another_run_only_begins_this_one(
     assert losses(tmp_path) == losses(reference)[-2:]
     assert "| teacher " in done.out and "| pruned + distilled |" in done.out
     assert same_weights(tmp_path / "student", reference / "student")
+
+
+def test_a_checkpoint_brings_its_student_along(inputs: Inputs, reference: Path, tmp_path: Path) -> None:
+    """What the student was cut to is the checkpoint's to say, also in a folder that has nothing else."""
+    before = f"step-{STEPS - 2:08d}"
+    alone = shutil.copytree(reference / "checkpoints" / before, tmp_path / before)
+    arguments = inputs.settings(tmp_path / "run", f"checkpoint.resume={alone}")
+    done = call(distill.COMMAND, arguments)
+    assert done.code == 0, done.err
+    assert "scoring" not in done.out and "those measured before" not in done.out, "it was not cut again"
+    assert losses(tmp_path / "run") == losses(reference)[-2:]
+    assert same_weights(tmp_path / "run" / "student", reference / "student")
+    for name in ("pruning/kept.safetensors", "pruning/provenance.json", "config.json", "tokenizer.json"):
+        assert (tmp_path / "run" / "student" / name).read_bytes() == (
+            reference / "student" / name
+        ).read_bytes()
+    other = inputs.settings(tmp_path / "other", f"checkpoint.resume={alone}", "student.prune.num_layers=2")
+    done = call(distill.COMMAND, other)
+    assert done.code == 2 and done.err == (
+        f"error: {alone} belongs to another student: student.prune.num_layers=3 there, 2 here; use the same, or "
+        "checkpoint.resume=none\n"
+    )
+    assert not (tmp_path / "other" / "pruned").exists(), "it was seen before anything was cut"
 
 
 @pytest.mark.slow

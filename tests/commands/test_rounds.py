@@ -212,3 +212,30 @@ def test_layouts_have_one_trajectory(
     )
     for mine, single in zip(trajectory(tmp_path), trajectory(shrunk), strict=True):
         assert mine == pytest.approx(single, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "call_number"),
+    [
+        ("parallel.checkpoint.write_shards", 4),  # in the middle of the second round
+        ("distill.resume.carry_moments", 1),  # between the rounds
+    ],
+)
+@pytest.mark.parametrize("layout", ["mesh.pp=2", "mesh.dp=2", "mesh.tp=2"])
+def test_killed_in_one_layout_it_goes_on_in_another(
+    layout: str,
+    place: str,
+    call_number: int,
+    inputs: Inputs,
+    shrunk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        interrupt(patch, place, call_number=call_number)
+        call(distill.COMMAND, settings(inputs, tmp_path, SHRINKS))
+    run = start("launch.distill", settings(inputs, tmp_path, SHRINKS, layout), num_ranks=2)
+    finished(run.end(timeout_s=300))
+    for mine, single in zip(trajectory(tmp_path), trajectory(shrunk), strict=True):
+        assert mine == pytest.approx(single, rel=1e-4, abs=1e-5)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distill.structure import MATRICES
 from launch import distill
-from tests.commands.tiny_run import Inputs, call, weights
+from launch.export import export
+from tests.commands.tiny_run import Inputs, call, same_weights, weights
 
 SETTINGS = (
     "student.prune.method=l2",
@@ -36,6 +37,12 @@ def test_a_sparse_student_is_named_and_its_teacher_scored_once(inputs: Inputs, t
     assert summary["sparsity"] == {"pattern": "2:4", "share": 0.5}
     assert "50.0% of the weights of the layers' linears are zero (2:4)" in (
         (tmp_path / "run" / "student" / "README.md").read_text()
+    )
+    # The zeros and what is said of them come out of a checkpoint too.
+    export([f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step-00000004'}", f"out={tmp_path / 'out'}"])
+    assert same_weights(tmp_path / "out", tmp_path / "run" / "student")
+    assert "50.0% of the weights of the layers' linears are zero (2:4)" in (
+        (tmp_path / "out" / "README.md").read_text()
     )
 
     again = call(distill.COMMAND, inputs.settings(tmp_path / "again", *SETTINGS, cache, "train.steps=3"))

@@ -130,6 +130,10 @@ def call(command: Command, arguments: list[str]) -> Done:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run_command(command, arguments)
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        code = ended.code
     finally:
         torch.set_num_threads(num_threads)
         signal.set_wakeup_fd(-1)

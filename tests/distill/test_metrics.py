@@ -13,6 +13,7 @@ import yaml
 
 from distill.config import Config, ConfigError, Log, MeshShape, Run, Train
 from distill.metrics import RunLog, StepMetrics, duration
+from tests.distill.test_line_file import full_at
 
 CONTRACT = [
     *("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft"),
@@ -93,6 +94,27 @@ def test_figures_that_are_undefined_or_known_before(
     assert capsys.readouterr().out.splitlines() == [
         "held-out text, teacher, judged before: loss 2.68  animals/accuracy 0.5",
         "held-out text, student after step 2: loss 3  gap_closed -",
+    ]
+
+
+def test_a_full_disk_is_borne_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = {"round": 0, "model": "student", "parameters": 5, "values": {"eval/loss": 3.0}}
+    with RunLog(config_in(tmp_path), writes=True) as log:
+        log.step(numbers(1), total_steps=4)
+        log.flush()
+        with full_at(10):
+            log.step(numbers(2), total_steps=4)
+            log.evaluation(step=2, **judged)
+            log.flush()
+        assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1]
+        assert not (tmp_path / "evaluations.jsonl").exists()
+        log.step(numbers(3), total_steps=4)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in lines(tmp_path / "evaluations.jsonl")] == [2]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [
+        f"warning: {tmp_path / name} could not be written: File too large; tried again with the next line"
+        for name in ("metrics.jsonl", "evaluations.jsonl")
     ]
 
 

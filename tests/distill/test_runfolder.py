@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Checkpoint, Config, ConfigError, Log, Loss, MeshShape, Run, Train
+from distill.config import Checkpoint, Config, ConfigError, Log, Loss, MeshShape, Pipeline, Run, Train
 from distill.runfolder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -68,7 +68,7 @@ def test_another_config_is_refused_with_its_key(tmp_path: Path) -> None:
         "run.dir or loss.temperature=2.0"
     )
     with pytest.raises(ConfigError, match=r"loss.alpha=0.3, this one has loss.alpha=0.5 \(and 2 more\)"):
-        check_run_folder(replace(config, loss=Loss(alpha=0.5), mesh=MeshShape(pp=1, dp=2)))
+        check_run_folder(replace(config, loss=Loss(alpha=0.5), train=Train(seed=3, global_batch_size=8)))
 
 
 def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
@@ -76,8 +76,22 @@ def test_what_does_not_shape_the_result_may_change(tmp_path: Path) -> None:
     begin(config)
     more = replace(config, train=Train(steps=2000, timeout_s=5.0), log=Log(wandb="disabled"))
     check_run_folder(replace(more, checkpoint=Checkpoint(every=7)))
+    layout = replace(more, mesh=MeshShape(pp=1, dp=2, tp=4), pipeline=Pipeline(schedule="gpipe"))
+    check_run_folder(replace(layout, train=replace(more.train, microbatch_size=2)))
     with pytest.raises(ConfigError, match="train.seed=0, this one has train.seed=1"):
         check_run_folder(replace(config, train=Train(seed=1)))
+
+
+def test_rounds_may_be_executed_otherwise_and_not_be_others(tmp_path: Path) -> None:
+    def with_round(**train: int) -> Config:
+        return replace(config_in(tmp_path), rounds=({"train": {"steps": 3, **train}}, {}))
+
+    begin(with_round(microbatch_size=1))
+    check_run_folder(with_round(microbatch_size=4))
+    check_run_folder(with_round())
+    for other in (with_round(steps=4), with_round(global_batch_size=2), replace(with_round(), rounds=({},))):
+        with pytest.raises(ConfigError, match="holds a run with rounds="):
+            check_run_folder(other)
 
 
 def test_starting_anew_does_not_overwrite_a_run(tmp_path: Path) -> None:

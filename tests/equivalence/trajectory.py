@@ -246,6 +246,7 @@ def make_step(
     with_teacher: bool = True,
     dtype: torch.dtype = torch.float64,
     num_steps: int = STEPS,
+    rate: LearningRate = RATE,
     batch_at: Callable[[int], MicroBatch] | None = None,
 ) -> DistillationStep:
     """Build this rank's part of a case, ready for its first step; the teacher looks ahead until `num_steps`."""
@@ -262,7 +263,7 @@ def make_step(
             students,
             mesh,
             ADAMW,
-            RATE,
+            rate,
             bucket_bytes=case.bucket_bytes,
             beside=hidden.entries if hidden else None,
         ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import resource
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from distill.step import DistillationStep
-from parallel.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    Saver,
-    complete_checkpoints,
-    drop_after,
-    latest,
-    read_manifest,
-    restore,
-)
+from parallel.checkpoint import Saver, restore
 from parallel.checkpoint_files import write_shards
-from parallel.collectives import gather_objects
+from parallel.checkpoint_folders import complete_checkpoints, newest_sound
+from parallel.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
+from parallel.hashed_files import FileRecord
 from parallel.mesh import Mesh
-from parallel.weights import gather_tensor
 from tests.equivalence.trajectory import (
     SINGLE,
     Case,
@@ -40,6 +32,7 @@ from tests.equivalence.trajectory import (
     state_of,
     train,
 )
+from tests.parallel.forged import edit_manifest, rewrite
 from tests.workers import run_distributed
 
 EXTRAS = {"tokens": 123, "prune_s": 0.25}
@@ -56,6 +49,11 @@ TWO_RANKS = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return save_models(tmp_path_factory.mktemp("models"))
+
+
+def _latest(root: Path, mesh: Mesh) -> Path | None:
+    sound, _ = newest_sound(root, mesh)
+    return None if sound is None else sound.folder
 
 
 def _differ(step: DistillationStep, expected: dict[str, torch.Tensor]) -> list[str]:
@@ -75,10 +73,10 @@ def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list
         mesh = mesh_of(case)
         uninterrupted, first, second = (make_step(case, folders, mesh) for _ in range(3))
         expected = train(uninterrupted, range(4))
-        assert latest(root / str(number), mesh) is None
+        assert _latest(root / str(number), mesh) is None
         done = train(first, range(2))
         folder = save_now(root / str(number), 2, first.optimizer, mesh, extras=EXTRAS, keep=1)
-        assert latest(root / str(number), mesh) == folder
+        assert _latest(root / str(number), mesh) == folder
         saved = state_of(first)
         assert _differ(second, saved), "a fresh student must differ before"
         manifest = restore(folder, second.optimizer, mesh)
@@ -113,68 +111,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(folders: dict[str, str], tmp_pat
     assert written["3"] == written["0"], "one file a rank, whatever the number of its stages"
     tied = load_file(tmp_path / "0" / "step-00000002" / "stage-001-tp-00.safetensors")
     assert not any("embed_tokens" in name for name in tied), "one end of a tie writes"
-
-
-def _whole_state(step: DistillationStep) -> dict[str, torch.Tensor]:
-    """Return masters and moments of the whole model, joined over tp and pp."""
-    mine = {
-        f"{kind}/{entry.name}": gather_tensor(view, entry).clone()
-        for entry, views in step.optimizer.state()
-        for kind, view in views.items()
-    }
-    return {name: each for stage in gather_objects(mine, step.mesh.pp) for name, each in stage.items()}
-
-
-def _any_from_any(cases: list[Case], root: Path, folders: dict[str, str]) -> list[str]:
-    """Restore every layout from every checkpoint there is; return what is not the same, and then the later losses."""
-    different = []
-    for number, case in enumerate(cases):
-        mesh = mesh_of(case)
-        for folder in sorted(root.glob("*/step-00000002")):
-            step = make_step(case, folders, mesh)
-            restore(folder, step.optimizer, mesh)
-            state = _whole_state(step)
-            stats = train(step, range(2, 4))
-            step.close()
-            if mesh.world.is_first:
-                saved = torch.load(folder.parent / "state.pt")
-                different += [
-                    f"{case} from {folder.parent.name}: {name}"
-                    for name in state.keys() | saved.keys()
-                    if not torch.equal(state[name], saved[name])
-                ]
-                losses = [each.total for each in stats]
-                if losses != pytest.approx(saved_losses(root), rel=1e-9, abs=1e-9):
-                    different.append(f"{case} from {folder.parent.name}: losses {losses}")
-    return different
-
-
-def saved_losses(root: Path) -> list[float]:
-    return json.loads((root / "losses.json").read_text())
-
-
-def _save_state(cases: list[Case], root: Path, folders: dict[str, str]) -> None:
-    for case in cases:
-        mesh = mesh_of(case)
-        step = make_step(case, folders, mesh)
-        train(step, range(2))
-        name = f"pp{case.pp}-dp{case.dp}-tp{case.tp}-v{case.virtual_stages}"
-        save_now(root / name, 2, step.optimizer, mesh, extras={}, keep=1)
-        state = _whole_state(step)
-        later = [each.total for each in train(step, range(2, 4))]
-        step.close()
-        if mesh.world.is_first:
-            torch.save(state, root / name / "state.pt")
-            (root / "losses.json").write_text(json.dumps(later))
-
-
-def test_any_layout_goes_on_from_any_other(folders: dict[str, str], tmp_path: Path) -> None:
-    one = [replace(SINGLE, student="deep")]
-    two = [TWO_RANKS[3], replace(TWO_RANKS[1], student="deep")]
-    _save_state(one, tmp_path, folders)
-    run_distributed(2, _save_state, two, tmp_path, folders)
-    assert _any_from_any(one, tmp_path, folders) == []
-    assert run_distributed(2, _any_from_any, two, tmp_path, folders) == [[], []]
 
 
 @pytest.mark.slow
@@ -213,13 +149,13 @@ def saved(step: DistillationStep, tmp_path: Path) -> Path:
 
 def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, tmp_path: Path) -> None:
     root, mesh = tmp_path / "run" / "checkpoints", step.mesh
-    assert latest(root, mesh) is None and complete_checkpoints(root) == []
+    assert _latest(root, mesh) is None and complete_checkpoints(root) == []
 
     def write(number: int, keep: int) -> Path:
         return save_now(root, number, step.optimizer, mesh, extras={}, keep=keep)
 
     for number in (2, 9, 10, 100):
-        assert write(number, 3) == latest(root, mesh) == root / f"step-{number:08d}"
+        assert write(number, 3) == _latest(root, mesh) == root / f"step-{number:08d}"
     assert [path.name for path in complete_checkpoints(root)] == [
         f"step-{number:08d}" for number in (9, 10, 100)
     ]
@@ -227,7 +163,7 @@ def test_the_newest_complete_one_wins_and_the_oldest_go(step: DistillationStep, 
     shutil.copytree(root / "step-00000100", root / "step-00000200.partial")
     shutil.copytree(root / "step-00000100", root / "step-00000300")
     (root / "step-00000300" / MANIFEST).unlink()
-    assert latest(root, mesh) == root / "step-00000100"
+    assert _latest(root, mesh) == root / "step-00000100"
     write(200, 1)
     assert not list(root.glob("*.partial"))
     assert complete_checkpoints(root) == [root / "step-00000200"]
@@ -244,33 +180,112 @@ def test_a_step_saved_again_replaces_the_old_one(step: DistillationStep, saved: 
 def test_nothing_is_complete_before_the_files_are_written(
     step: DistillationStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: object) -> None:
-        raise OSError("no space left on device")
+    """A disk that is full costs the checkpoint; a mistake of the program ends the run."""
 
-    monkeypatch.setattr("parallel.checkpoint.write_shards", fail)
-    with pytest.raises(OSError, match="no space"):
-        save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
-    with Saver(tmp_path, step.optimizer, step.mesh, keep=1) as saver:
-        saver.save(1, {})
-        deadline = time.monotonic() + 60
-        with pytest.raises(OSError, match="no space"):
-            while time.monotonic() < deadline:
-                saver.check()
-    assert complete_checkpoints(tmp_path) == []
-    monkeypatch.undo()
-    assert latest(tmp_path, step.mesh) is None
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a/file")
+
     save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    with Saver(tmp_path, step.optimizer, step.mesh, keep=1) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr("parallel.checkpoint.write_shards", fail)
+            saver.save(2, {})
+            saver.wait()
+        told = "the checkpoint of step 2 could not be written: rank 0 (pp 0, dp 0, tp 0): a/file: No space left on device"
+        assert saver.failure == told and saver.newest is None and saver.check() == [told]
+        assert saver.check() == []
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "the one before stays"
+        saver.save(3, {})
+        saver.wait()
+        assert saver.failure is None and saver.check() == []
+        assert saver.newest == _latest(tmp_path, step.mesh) == tmp_path / "step-00000003"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    monkeypatch.setattr("parallel.checkpoint.write_shards", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_now(tmp_path, 4, step.optimizer, step.mesh, extras={}, keep=1)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "step-00000003"]
+
+
+@pytest.mark.parametrize(
+    ("file", "limit_bytes", "whole"),
+    [(FILE, 1000, True), ("student/tokenizer.json", 1000, False), (MANIFEST, 300, False)],
+)
+def test_a_full_disk_is_met_at_every_file(
+    file: str,
+    limit_bytes: int,
+    whole: bool,
+    step: DistillationStep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors, companions, manifest: the system lets none grow beyond a limit."""
+    if not whole:
+        few = {"weight/a": torch.zeros(3)}
+        monkeypatch.setattr(
+            "parallel.checkpoint.write_shards", lambda tensors, shards, path: write_shards(few, {}, path)
+        )
+    companions = {"student/tokenizer.json": b"x" * (100 if file == MANIFEST else 3000)}
+    real = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Saver(tmp_path, step.optimizer, step.mesh, keep=1, companions=companions) as saver:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, real[1]))
+        try:
+            saver.save(5, {})
+            saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, real)
+        assert f"/step-00000005.partial/{file}: File too large" in (saver.failure or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _fails_on_one(folders: dict[str, str], root: Path, failing: int, function: str) -> list[Any]:
+    case = replace(SINGLE, pp=2)
+    mesh = mesh_of(case)
+    step = make_step(case, folders, mesh)
+    save_now(root, 1, step.optimizer, mesh, extras={}, keep=2)
+    with Saver(root, step.optimizer, mesh, keep=2) as saver, pytest.MonkeyPatch.context() as patch:
+
+        def fail(*given: Any) -> None:
+            path = given[-1]
+            (path if path.suffix == ".safetensors" else path / MANIFEST).write_bytes(b"half")
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+        if mesh.world.rank == failing:
+            patch.setattr(f"parallel.checkpoint.{function}", fail)
+        saver.save(2, {})
+        train(step, range(1))
+        saver.wait()
+        told = [saver.failure, saver.check(), saver.newest]
+        patch.undo()
+        saver.save(3, {})
+        saver.wait()
+    return [*told, saver.failure, saver.newest, sorted(path.name for path in root.iterdir())]
+
+
+def test_all_ranks_learn_that_one_could_not_write(folders: dict[str, str], tmp_path: Path) -> None:
+    files = {
+        (0, "write_shards"): "/stage-000-tp-00.safetensors",
+        (1, "write_shards"): "/stage-001-tp-00.safetensors",
+        (0, "write_manifest"): "",
+    }
+    for number, ((failing, function), file) in enumerate(files.items()):
+        root = tmp_path / str(number)
+        ranks = run_distributed(2, _fails_on_one, folders, root, failing, function, timeout_s=60)
+        reason = (
+            f"the checkpoint of step 2 could not be written: rank {failing} (pp {failing}, dp 0, tp 0): "
+            f"{root}/step-00000002.partial{file}: Input/output error"
+        )
+        left = ["step-00000001", "step-00000003"]
+        assert ranks == [[reason, [reason], None, None, root / "step-00000003", left]] * 2
 
 
 def _held_back(patch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Let files be written only when the second event is set; the first tells that one is to be written."""
     reached, go = threading.Event(), threading.Event()
 
-    def wait_and_save(*given: Any) -> None:
+    def wait_and_save(*given: Any) -> FileRecord:
         reached.set()
         assert go.wait(60)
-        write_shards(*given)
+        return write_shards(*given)
 
     patch.setattr("parallel.checkpoint.write_shards", wait_and_save)
     return reached, go
@@ -325,18 +340,6 @@ def test_a_run_that_fails_waits_for_no_other_for_ever(
     go.set()
 
 
-def _edit(folder: Path, change: Callable[[dict], dict]) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(change(manifest)))
-
-
-def _rewrite(folder: Path, change: Callable[[dict], dict], file: str = FILE) -> None:
-    """Change the tensors of a file and let the manifest agree with its new size."""
-    save_file(change(load_file(folder / file)), folder / file)
-    size = (folder / file).stat().st_size
-    _edit(folder, lambda manifest: {**manifest, "files": {**manifest["files"], file: size}})
-
-
 def _refused(step: DistillationStep, folder: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         restore(folder, step.optimizer, step.mesh)
@@ -355,7 +358,7 @@ def test_files_cut_short_or_gone_are_named(step: DistillationStep, saved: Path) 
     _refused(step, saved, str(file), "has 0 bytes")
     file.write_bytes(whole)
     fields = (saved / MANIFEST).read_text()
-    _edit(saved, lambda manifest: {**manifest, "files": {}})
+    edit_manifest(saved, lambda manifest: {**manifest, "files": {}})
     _refused(step, saved, str(saved), "there is no tensor", *OTHER)
     (saved / MANIFEST).write_text(fields)
     assert restore(saved, step.optimizer, step.mesh).step == 7
@@ -376,37 +379,8 @@ def test_other_tensors_are_named(step: DistillationStep, saved: Path) -> None:
     for change, words in cases:
         shutil.rmtree(saved)
         shutil.copytree(original, saved)
-        _rewrite(saved, change)
+        rewrite(saved, FILE, change)
         _refused(step, saved, str(saved), *words)
-
-
-def test_broken_manifests_are_named(step: DistillationStep, saved: Path) -> None:
-    path = saved / MANIFEST
-    fields = json.loads(path.read_text())
-    broken = ["", "{", "null", "[]", "3", '"x"', "{}", '{"step": 1}', json.dumps({**fields, "more": 1})]
-    broken += [
-        json.dumps({**fields, key: value}) for key in fields for value in (None, [], "text", [["a", 1]], 1.5)
-    ]
-    for text in broken:
-        path.write_text(text)
-        _refused(step, saved, str(path), "cannot be read")
-    path.write_bytes(b"\xff\xfe{}")
-    _refused(step, saved, str(path), "cannot be read")
-    path.unlink()
-    _refused(step, saved, str(saved), MANIFEST)
-    _refused(step, saved.with_name("nowhere"), "nowhere", MANIFEST)
-
-
-def test_a_manifest_cannot_lead_out_of_its_folder(step: DistillationStep, saved: Path) -> None:
-    secret = saved.parent / "secret.safetensors"
-    secret.write_bytes(b"12345")
-    for name in ("../secret.safetensors", str(secret), "../../secret.safetensors"):
-        _edit(saved, lambda manifest, name=name: {**manifest, "files": {name: 5}})
-        _refused(step, saved, str(saved / "secret.safetensors"), "has 0 bytes")
-    for name in ("..", ".", "", "/"):
-        size = saved.stat().st_size
-        _edit(saved, lambda manifest, name=name, size=size: {**manifest, "files": {name: size}})
-        _refused(step, saved, "has 0 bytes")
 
 
 def _one_broken_file(folders: dict[str, str], root: Path) -> list[str]:
@@ -432,7 +406,7 @@ def _one_broken_file(folders: dict[str, str], root: Path) -> list[str]:
                 size = (folder / file).stat().st_size
                 (folder / file).write_bytes(b"\xff" * size)
             else:
-                _rewrite(folder, change, file)
+                rewrite(folder, file, change)
         torch.distributed.barrier()
         with pytest.raises(CheckpointError) as caught:
             restore(folder, step.optimizer, mesh)
@@ -447,11 +421,3 @@ def test_every_rank_learns_of_one_broken_file(folders: dict[str, str], tmp_path:
         word in text
         for word, text in zip(("there is no tensor", "extra", "cannot be read"), first, strict=True)
     )
-
-
-def test_an_older_checkpoint_gone_on_from_leaves_no_newer_ones(tmp_path: Path) -> None:
-    for step in (2, 4, 6):
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / MANIFEST).write_text("{}")
-    drop_after(tmp_path, 4, Mesh.single())
-    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]

@@ -30,9 +30,9 @@ def _write(folder: Path, dim: int, pieces: list[tuple[int, int]], **extra: torch
         (0, [(5, 12), (0, 5)]),
         (1, [(0, 2), (2, 3), (3, 5)]),
         (0, [(0, 4), (0, 4), (4, 8), (4, 8), (8, 12)]),
-        (0, [(0, 7), (3, 12)]),
+        (0, [(0, 5), (5, 5), (5, 12)]),
     ],
-    ids=["one", "any order", "three", "heads held twice", "overlapping"],
+    ids=["one", "any order", "three", "heads held twice", "one that is empty"],
 )
 def test_every_slice_of_every_cut(tmp_path: Path, dim: int, pieces: list[tuple[int, int]]) -> None:
     with CheckpointFiles(_write(tmp_path, dim, pieces, norm=torch.ones(3))) as files:
@@ -80,9 +80,57 @@ def test_what_is_not_there_or_contradicts_itself_is_named(tmp_path: Path) -> Non
         files.read("w")
 
 
-@pytest.mark.parametrize("header", ["{", "[]", '{"w": 3}', '{"w": [0, 1]}', '{"w": ["a", 0, 1, 2]}'])
-def test_broken_headers_are_named(tmp_path: Path, header: str) -> None:
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "no mapping"),
+        ("[" * 100_000, "recursion"),
+        ('{"v": [0, 0, 1, 1]}', "places 'v', which is not in it"),
+        *(
+            (f'{{"w": {place}}}', f"places 'w' at {place.replace(chr(34), chr(39))}, which is no")
+            for place in (
+                "3",
+                "{}",
+                "[0, 1]",
+                '["a", 0, 1, 2]',
+                "[-1, 0, 12, 12]",
+                "[0, -3, 12, 12]",
+                "[0, 5, 3, 12]",
+                "[0, 0, 13, 12]",
+                "[0, 0.0, 12, 12]",
+            )
+        ),
+        ('{"w": [false, 0, 12, 12]}', "places 'w' at [False"),
+    ],
+)
+def test_headers_that_say_impossible_things_are_named(tmp_path: Path, header: str, words: str) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"w": WHOLE}, path, metadata={"shards": header})
-    with pytest.raises(CheckpointError, match="w.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match="w.safetensors cannot be read") as caught:
         CheckpointFiles([path])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("pieces", [[(0, 7), (3, 12)], [(0, 12), (0, 4)], [(0, 4), (4, 9), (8, 12)]])
+def test_shards_that_overlap_are_named(tmp_path: Path, pieces: list[tuple[int, int]]) -> None:
+    with (
+        CheckpointFiles(_write(tmp_path, 0, pieces)) as files,
+        pytest.raises(CheckpointError, match=r"safetensors holds 'w' from \d+ to \d+, .* they overlap"),
+    ):
+        files.read("w")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("weight/a", torch.ones(3, dtype=torch.int64)),
+        ("exp_avg/a", torch.ones(3, dtype=torch.bool)),
+        ("mask/a", torch.ones(3)),
+        ("mask/a", torch.ones(3, dtype=torch.uint8)),
+    ],
+)
+def test_other_types_are_named(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    save_file({name: tensor}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"a.safetensors cannot be read: '{name}' is of the type"):
+        CheckpointFiles([tmp_path / "a.safetensors"])

@@ -1,0 +1,185 @@
+"""Benchmark `checkpoint`: what saving costs the training loop.
+
+The quick start's training (pp 2, 4 x 256 tokens, float32, the student with 0.6 of the teacher's FFN channels) in turns of
+`every` steps: in one a checkpoint is asked for at its beginning, as `checkpoint.every` does, and must be complete at its end; in
+the other none is. Both are the same step of the same models in the same processes and alternate, because the machine's speed
+drifts; a turn's time is the slowest rank's, its begin common. Rows are medians over the turns: seconds a step with saving
+against without (to reach: 1.03), and the seconds for which `save` itself keeps the loop, against a step.
+
+Options: `teacher`, `student` (Llama-like folders; the teacher may be `embedded`; by default random ones of the same shapes),
+`pp` (2), `microbatches` (4), `rows` (1) in each, `seq_len` (256), `every` (10) steps a turn, `turns` (5) counted of each side,
+`limit_s` (900) for a turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from distill.config import ConfigError
+from distill.convert import either
+from launch.benchmarks._crew import run_jobs, say
+from launch.benchmarks._inputs import load_step, microbatches, model_folders
+from launch.benchmarks._pipeline_sides import Job as Training
+from parallel.checkpoint import Saver
+from parallel.collectives import barrier
+from parallel.mesh import Mesh
+
+_BOUND = 1.03
+_KEEP = 1
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options."""
+
+    teacher: str = ""
+    student: str = ""
+    pp: int = 2
+    microbatches: int = 4
+    rows: int = 1
+    seq_len: int = 256
+    every: int = 10
+    turns: int = 5
+    limit_s: float = 900.0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Some steps, with a checkpoint beside them or without."""
+
+    training: Training
+    saves: bool
+    root: str
+    """Where checkpoints go."""
+
+
+class _Result(NamedTuple):
+    """What a rank measured: mean seconds of a step of the turn, and those that `save` took of the loop."""
+
+    step_s: float
+    save_s: float
+
+
+def run(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows.
+
+    Args:
+        options: as in the module's docstring.
+    Raises:
+        ConfigError: an unknown option, or a number out of range.
+    """
+    chosen = _read(options)
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, student = model_folders(chosen.teacher, chosen.student, Path(folder))
+        training = Training(
+            side="fill",
+            teacher=teacher,
+            student=student,
+            pp=chosen.pp,
+            microbatches=chosen.microbatches,
+            rows=chosen.rows,
+            seq_len=chosen.seq_len,
+            turn=chosen.every,
+        )
+        turns = [_Turn(training, saves, folder) for saves in (False, True)]
+        # The first pair warms up: `fill` measures and makes its plan in it.
+        jobs = turns * (chosen.turns + 1)
+        found: defaultdict[bool, list[_Result]] = defaultdict(list)
+        for turn, results in run_jobs(
+            jobs, size=chosen.pp, begin=Session, limit_s=lambda turn: chosen.limit_s
+        ):
+            if isinstance(results, str):
+                raise ConfigError(f"a turn of the benchmark failed: {results}")
+            slowest = _Result(*(max(each) for each in zip(*results, strict=True)))
+            found[turn.saves].append(slowest)
+            kind = f"saving, {slowest.save_s * 1e3:.0f} ms in save" if turn.saves else "no saving"
+            say(f"{kind}: {slowest.step_s:.3f} s a step")
+    return _rows(chosen, {saves: each[1:] for saves, each in found.items()})
+
+
+class Session:
+    """One process: its place among the ranks, and the training that it has built."""
+
+    def __init__(self) -> None:
+        disable_progress_bar()
+        self._mesh = Mesh.create(pp=dist.get_world_size(), dp=1, tp=1)
+        self._number = 0
+        self._built: Training | None = None
+
+    def __call__(self, turn: _Turn) -> _Result:
+        """Take a turn; its ranks start together, and a checkpoint that it asked for is complete at its end."""
+        training = turn.training
+        if self._built is None:
+            self._built = training
+            self._step, self._planner = load_step(
+                training.config(),
+                self._mesh,
+                lambda step: microbatches(training.input_ids(step), training.rows),
+            )
+        with Saver(Path(turn.root) / "checkpoints", self._step.optimizer, self._mesh, keep=_KEEP) as saver:
+            barrier(self._mesh.world)
+            start_s = time.perf_counter()
+            if turn.saves:
+                saver.save(self._number, {})
+            save_s = time.perf_counter() - start_s
+            for _ in range(training.turn):
+                self._take_step()
+            saver.wait()
+            step_s = (time.perf_counter() - start_s) / training.turn
+        assert saver.failure is None, saver.failure
+        return _Result(step_s, save_s)
+
+    def _take_step(self) -> None:
+        self._step(self._number)
+        plan = self._step.last_plan
+        assert plan is not None
+        self._planner.observe(plan, self._step.last_events)
+        self._number += 1
+
+
+def _read(options: Mapping[str, Any]) -> _Options:
+    """The options over the defaults, checked."""
+    names = list(_Options.__dataclass_fields__)
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"{name} is no option; use {either(names)}")
+    chosen = replace(_Options(), **options)
+    for name in ("pp", "microbatches", "rows", "every", "turns"):
+        value = getattr(chosen, name)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}={value}; use a whole number, 1 or more")
+    if type(chosen.seq_len) is not int or chosen.seq_len < 2:
+        raise ConfigError(f"seq_len={chosen.seq_len}; use a whole number, 2 or more")
+    return chosen
+
+
+def _rows(chosen: _Options, found: Mapping[bool, Sequence[_Result]]) -> list[dict[str, Any]]:
+    with_s, without_s = (statistics.median(each.step_s for each in found[saves]) for saves in (True, False))
+    save_s = statistics.median(each.save_s for each in found[True])
+    case = f"pp {chosen.pp}, {chosen.microbatches} x {chosen.rows} x {chosen.seq_len} tokens, float32"
+    return [
+        _row(f"{case}: saving every {chosen.every} steps, s a step", with_s, without_s, "no saving", _BOUND),
+        _row(f"{case}: the loop waits in `save`, s", save_s, without_s, "a step", None),
+    ]
+
+
+def _row(case: str, ours: float, peer: float, peer_name: str, bound: float | None) -> dict[str, Any]:
+    return {
+        "case": case,
+        "ours": ours,
+        "peer": peer,
+        "peer_name": peer_name,
+        "ratio": ours / peer,
+        "bound": bound,
+    }

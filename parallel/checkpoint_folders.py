@@ -1,0 +1,124 @@
+"""The checkpoints of a run on the disk: which there are, which are sound, and which go.
+
+Decides that a folder `step-N` with a manifest is complete, and one whose every file has the SHA-256 of its manifest is sound.
+The files are shared out over the ranks, so that each is read once. Assumes that all ranks see one file system.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from parallel.checkpoint_manifest import MANIFEST, CheckpointError, Manifest, read_manifest
+from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.hashed_files import difference
+from parallel.mesh import Mesh
+
+PARTIAL = ".partial"
+"""Suffix of a folder that is being written."""
+DAMAGED = ".damaged"
+"""Suffix of a folder that was passed over."""
+_NAME = re.compile(r"step-(\d+)")
+
+
+class Sound(NamedTuple):
+    """A checkpoint whose files all have the content that was written."""
+
+    folder: Path
+    manifest: Manifest
+
+
+class PassedOver(NamedTuple):
+    """A checkpoint that is not sound."""
+
+    folder: Path
+    reason: str
+    was_complete: bool
+    """Whether it has a manifest: it is then no rest of a save that was cut off."""
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step that a folder's name says, None if it is no checkpoint's name."""
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first."""
+    return [folder for folder in _folders(root) if (folder / MANIFEST).exists()]
+
+
+def _folders(root: Path) -> list[Path]:
+    found = {path: step for path in root.glob("step-*") if (step := step_of(path)) is not None}
+    return sorted(found, key=lambda path: found[path])
+
+
+def verify(folder: Path, mesh: Mesh) -> Manifest:
+    """Check that a checkpoint is sound, and return its manifest.
+
+    Raises:
+        CheckpointError: it is not; the same on every rank.
+    Collectives: a broadcast and a gather of one object over the world.
+    """
+    manifest, problem = None, None
+    if mesh.world.is_first:
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            problem = str(error)
+    manifest, problem = broadcast_object((manifest, problem), mesh.world)
+    if manifest is not None:
+        # The largest first, dealt out like cards.
+        records = sorted(manifest.records.items(), key=lambda item: (-item[1].size_bytes, item[0]))
+        mine = records[mesh.world.rank :: mesh.world.size]
+        problems = (difference(folder / name, record) for name, record in mine)
+        found = gather_objects(next(filter(None, problems), None), mesh.world)
+        problem = next(filter(None, found), None)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return manifest
+
+
+def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
+    """Return the newest sound checkpoint, or None, and the newer ones with what is wrong with them; equal on every rank.
+
+    Collectives: a broadcast, and those of `verify` for each checkpoint that is looked at.
+    """
+    folders = broadcast_object(_folders(root) if mesh.world.is_first else None, mesh.world)
+    passed: list[PassedOver] = []
+    for folder in reversed(folders):
+        try:
+            return Sound(folder, verify(folder, mesh)), passed
+        except CheckpointError as error:
+            complete = broadcast_object((folder / MANIFEST).exists(), mesh.world)
+            passed.append(PassedOver(folder, str(error), complete))
+    return None, passed
+
+
+def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) -> None:
+    """Remove the checkpoints of a run after `step`, which it goes on from on another way; set damaged ones aside.
+
+    Collectives: a barrier over the world.
+    """
+    if mesh.world.is_first:
+        for folder in (each.folder for each in damaged if each.was_complete):
+            target = folder.with_name(folder.name + DAMAGED)
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+        for folder in _folders(root):
+            if (step_of(folder) or 0) > step:
+                remove(folder)
+    barrier(mesh.world)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; one that is removed in part only is not complete any more."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,183 @@
+"""Any layout resumes any other: the five steps that follow are those of a run which nobody interrupted, float64, to 1e-9.
+
+Every source writes one checkpoint. Every target is built once, and restores all sources in turn into the same optimizer, so
+that whatever one leaves behind must be overwritten by the next. A quarter of the students' weights is held at zero, by a mask
+that the targets have from the checkpoint only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.sparsity import Sparsifier
+from distill.step import DistillationStep
+from distill.student_config import Sparsity
+from parallel.checkpoint import restore
+from parallel.checkpoint_folders import folder_of, verify
+from parallel.mesh import Mesh
+from parallel.optimizer import LearningRate
+from tests.equivalence.trajectory import (
+    SINGLE,
+    Case,
+    layout_name,
+    make_step,
+    mesh_of,
+    save_models,
+    save_now,
+    train,
+)
+from tests.workers import run_distributed
+
+DONE, MORE = 2, 5
+RATE = LearningRate(peak=1e-2, warmup_steps=1, total_steps=DONE + MORE)
+HELD = Sparsity(method="magnitude", ratio=0.25)
+TOLERANCE = 1e-9
+ENGINES = ("torch",)
+"""What updates the weights (`optimizer.engine`)."""
+
+
+def case_of(layout: tuple[int, int, int], **other: object) -> Case:
+    """Return the case of a layout (pp, dp, tp); the number of micro-batches differs with it."""
+    return replace(
+        SINGLE,
+        student="deep",
+        pp=layout[0],
+        dp=layout[1],
+        tp=layout[2],
+        num_microbatches=4 // layout[1],
+        **other,
+    )
+
+
+SPLITS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2), (2, 2, 1), (1, 2, 2)]
+CASES = {layout_name(layout): case_of(layout) for layout in SPLITS}
+CASES["pp2-v2"] = case_of((2, 1, 1), virtual_stages=2, schedule="interleaved")
+FAST = {"pp1-dp1-tp1", "pp2-dp1-tp1", "pp1-dp1-tp2"}
+"""Layouts of the pairs that are always tested; all others are slow."""
+
+
+def world_size(name: str) -> int:
+    return CASES[name].pp * CASES[name].dp * CASES[name].tp
+
+
+def build(name: str, engine: str, folders: dict[str, str], mesh: Mesh) -> DistillationStep:
+    """Build this rank's part of a layout, with nothing held at zero yet."""
+    assert engine == "torch", f"optimizer.engine={engine} has no step here yet"
+    return make_step(CASES[name], folders, mesh, rate=RATE, num_steps=DONE + MORE)
+
+
+def train_losses(step: DistillationStep, steps: range) -> list[list[float]]:
+    return [[each.total, each.hard, each.soft, each.grad_norm] for each in train(step, steps)]
+
+
+def write_sources(names: Sequence[str], engine: str, root: Path, folders: dict[str, str]) -> None:
+    """Take the first steps in each layout, save, and let one process go on for the losses that all must have."""
+    for name in names:
+        mesh = mesh_of(CASES[name])
+        step = build(name, engine, folders, mesh)
+        Sparsifier(step.student_models, step.optimizer, HELD, total_steps=DONE + MORE).begin()
+        train(step, range(DONE))
+        save_now(root / engine / name, DONE, step.optimizer, mesh, extras={}, keep=1)
+        if mesh.world.size == 1:
+            later = train_losses(step, range(DONE, DONE + MORE))
+            (root / "losses.json").write_text(json.dumps(later))
+        step.close()
+
+
+def go_on(
+    target: str, engine: str, sources: Sequence[tuple[str, str]], root: Path, folders: dict[str, str]
+) -> list[list[list[float]]]:
+    """Go on from each source (engine, layout) in one layout; return the losses after each."""
+    mesh = mesh_of(CASES[target])
+    step = build(target, engine, folders, mesh)
+    step.optimizer.make_mask()
+    found = []
+    for writer, source in sources:
+        folder = folder_of(root / writer / source, DONE)
+        verify(folder, mesh)
+        restore(folder, step.optimizer, mesh)
+        held = torch.stack(
+            [view["mask"].any() for _, view in step.optimizer.state() if view["weight"].ndim > 1]
+        )
+        assert held.any(), f"{source} brought no mask"
+        found.append(train_losses(step, range(DONE, DONE + MORE)))
+    step.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all checkpoints, filled as they are asked for."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def ask_for(names: Sequence[str], root: Path, folders: dict[str, str]) -> None:
+    """Write the sources that are not there yet, all layouts of one size in one launch."""
+    for engine in ENGINES:
+        missing = [name for name in names if not (root / engine / name).is_dir()]
+        for size in sorted({world_size(name) for name in missing}):
+            some = [name for name in missing if world_size(name) == size]
+            if size == 1:
+                write_sources(some, engine, root, folders)
+            else:
+                run_distributed(size, write_sources, some, engine, root, folders, timeout_s=300)
+
+
+def check(target: str, names: Sequence[str], root: Path, folders: dict[str, str]) -> None:
+    """Go on in one layout from each of the others (and itself), and compare with the run that nobody interrupted."""
+    ask_for(["pp1-dp1-tp1", *(name for name in names if name != "pp1-dp1-tp1")], root, folders)
+    expected = json.loads((root / "losses.json").read_text())
+    for engine in ENGINES:
+        sources = [(writer, name) for writer in ENGINES for name in names]
+        size = world_size(target)
+        if size == 1:
+            ranks = [go_on(target, engine, sources, root, folders)]
+        else:
+            ranks = run_distributed(size, go_on, target, engine, sources, root, folders, timeout_s=600)
+        for found in ranks:
+            for source, losses in zip(sources, found, strict=True):
+                assert losses == [pytest.approx(step, rel=TOLERANCE, abs=TOLERANCE) for step in expected], (
+                    f"{engine} {target} from {source}"
+                )
+
+
+@pytest.mark.parametrize("target", sorted(FAST))
+def test_some_layouts_go_on_from_each_other(target: str, root: Path, folders: dict[str, str]) -> None:
+    check(target, sorted(FAST), root, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", CASES)
+def test_any_layout_goes_on_from_any_other(target: str, root: Path, folders: dict[str, str]) -> None:
+    check(target, list(CASES), root, folders)
+
+
+def test_the_losses_are_not_those_of_a_run_without_moments_or_mask(
+    root: Path, folders: dict[str, str]
+) -> None:
+    """What makes the comparison above worth something: a checkpoint that brings less is seen."""
+    name = "pp1-dp1-tp1"
+    ask_for([name], root, folders)
+    expected = json.loads((root / "losses.json").read_text())
+    step = build(name, "torch", folders, Mesh.single())
+    step.optimizer.make_mask()
+    restore(folder_of(root / "torch" / name, DONE), step.optimizer, step.mesh)
+    step.optimizer.reset_moments()
+    without_moments = train_losses(step, range(DONE, DONE + MORE))
+    restore(folder_of(root / "torch" / name, DONE), step.optimizer, step.mesh)
+    step.optimizer.mask.zero_()
+    without_mask = train_losses(step, range(DONE, DONE + MORE))
+    step.close()
+    for other in (without_moments, without_mask):
+        assert abs(other[1][0] - expected[1][0]) > 1e3 * TOLERANCE
