@@ -193,6 +193,12 @@ class Log:
     """Weights & Biases: `offline`, `online` or `disabled`."""
     wandb_project: str = "reflux"
     """Project name the run gets there."""
+    health_port: int | None = None
+    """Port on which rank 0 answers `/healthz` (200, or 503 without progress) and `/metrics` (Prometheus); 0 takes a free one and says it, null opens none."""
+    health_host: str = "127.0.0.1"
+    """Address of that port: nobody has to say who they are, so only this machine can ask unless it is 0.0.0.0 (all addresses) or another one of its own."""
+    health_limit_s: float = 600.0
+    """Seconds without a step or the begin of another phase (loading, pruning, judging) after which `/healthz` answers 503."""
 
 
 @dataclass(frozen=True)

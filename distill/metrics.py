@@ -28,6 +28,7 @@ from distill.config import Config
 from distill.convert import config_to_dict
 from distill.curve import draw_curve
 from distill.dashboard import finish_dashboard, start_dashboard
+from distill.health import Health
 from distill.line_file import LineFile
 from distill.runfolder import (
     EVALUATIONS_FILE,
@@ -104,15 +105,18 @@ class StepMetrics:
 class RunLog:
     """The open log of a run; use it as a context manager, so that it is closed whatever happens."""
 
-    def __init__(self, config: Config, *, writes: bool, done_steps: int = 0) -> None:
+    def __init__(
+        self, config: Config, *, writes: bool, done_steps: int = 0, health: Health | None = None
+    ) -> None:
         """Open the log, or go on with it after `done_steps` steps.
 
         Args:
             config: checked settings; `distill.runfolder.check_run_folder` has accepted `run.dir`.
             writes: whether this rank writes (rank 0 does).
             done_steps: steps that the checkpoint holds; later lines of a former run are dropped.
+            health: is told of each step.
         """
-        self._config, self._writes = config, writes
+        self._config, self._writes, self._health = config, writes, health
         self._folder = Path(config.run.dir or ".")
         self._recent_step_s: deque[float] = deque(maxlen=20)
         self._finishing = threading.Lock()
@@ -172,6 +176,8 @@ class RunLog:
             return
         values = metrics.named()
         self.steps.append(values)
+        if self._health is not None:
+            self._health.step(values)
         self._beside.give(partial(self._write_step, values, metrics.step))
         self._recent_step_s.append(metrics.step_s)
         if metrics.step % self._config.log.every == 0 or metrics.step == total_steps:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
+from distill.health import Health
 from distill.metrics import RunLog
 from distill.rounds import Progress
 from distill.stop import Stop
@@ -26,6 +27,7 @@ class Running:
     mesh: Mesh
     stop: Stop
     progress: Progress
+    health: Health
     newest: Path | None
     """The newest checkpoint of the way that this run has come: the one that it began with, or one written since."""
     log: RunLog = field(init=False)

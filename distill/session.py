@@ -75,7 +75,13 @@ class Session:
 
 
 def open_session(
-    config: Config, mesh: Mesh, lineage: Lineage, *, judging: Config, first_row: int = 0
+    config: Config,
+    mesh: Mesh,
+    lineage: Lineage,
+    *,
+    judging: Config,
+    first_row: int = 0,
+    begins: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """Load, cut if needed, and bind everything for training a round.
 
@@ -84,11 +90,14 @@ def open_session(
         lineage: where its student comes from.
         judging: settings of the run, whose held-out text all rounds are judged by.
         first_row: place in the stream of rows where the round begins.
+        begins: told of each phase as it begins.
     Raises:
         ConfigError: a mistake in the settings, the models or the corpus.
     Collectives: many, over all axes.
     """
+    begins("finding the models")
     models = find_models(config, mesh, lineage)
+    begins("reading the text")
     tasks = load_tasks(judging, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
     batches = Batches(
@@ -99,13 +108,16 @@ def open_session(
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
     )
+    begins("loading the teacher")
     teacher = load_teacher(config, mesh, models)
     planned = models.split
+    begins("making the student")
     models, prune_s = _shape_student(config, mesh, models, corpus, teacher, lineage)
     if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
         # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
         del teacher
         teacher = load_teacher(config, mesh, models)
+    begins("loading the student")
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data

@@ -1,10 +1,9 @@
 """The training loop: round after round, step after step, judged, logged, saved, and exported.
 
-Read top to bottom. A round opens a session of its own, because its student, and with it the split over the stages and the
-plan, may be another; what it takes from the round before comes from that round's exported student and its last
-checkpoint, so that a run which was killed in between goes on to the same bits. A request to stop is agreed on by all
-ranks between steps; what a step costs beyond the plan is one small all-reduce (the request and the peak of memory). Steps
-are counted from 1 in everything a user sees.
+Read top to bottom. A round opens a session of its own, because its student, and with it the split over the stages and the plan, may
+be another; what it takes from the round before comes from that round's exported student and its last checkpoint, so that a run
+which was killed in between goes on to the same bits. A request to stop is agreed on by all ranks between steps; what a step costs
+beyond the plan is one small all-reduce (the request and the peak of memory). Steps are counted from 1 in everything a user sees.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from distill.companions import companions
 from distill.config import Config
 from distill.evaluate import num_parameters
+from distill.health import Health, watched
 from distill.judging import gap_closed
 from distill.levels import Figures
 from distill.metrics import RunLog, StepMetrics
@@ -53,6 +53,11 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     Raises:
         ConfigError: a mistake that only the models, the corpus or the checkpoint show.
     """
+    with watched(config, serves=mesh.world.is_first) as health:
+        return _run(config, mesh, stop, health)
+
+
+def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, Any]:
     rounds = rounds_of(config)
     ended = broadcast_object(read_summary(Path(config.run.dir)), mesh.world)
     if ended and ended.get("finished") and ended.get("round_steps") == [each.train.steps for each in rounds]:
@@ -61,9 +66,9 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
         # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
         write_config(config)
     resumed, progress = find_checkpoint(config, mesh)
-    running = Running(config, rounds, mesh, stop, progress, newest=resumed)
+    running = Running(config, rounds, mesh, stop, progress, health, newest=resumed)
     session: Session | None = _open(running)
-    with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step) as log:
+    with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step, health=health) as log:
         stop.call_before_kill(log.save_buffers)
         running.log = log
         while (what := _round(running, session)) == "next":
@@ -102,6 +107,7 @@ def _open(running: Running) -> Session:
         lineage,
         judging=running.config,
         first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
+        begins=running.health.begin,
     )
     running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
     if running.newest is not None:
@@ -137,6 +143,7 @@ def _round(running: Running, session: Session) -> str:
         write_timeline(running.folder, mesh, *session.planner.typical, session.planner.costs)
     if following != "again":
         last = following == "end"
+        running.health.begin("exporting the student")
         target = running.folder / STUDENT_FOLDER if last else round_folder(running.folder, progress.round)
         running.sparsity = _sparsity(settings, session)
         export_round(
@@ -200,6 +207,7 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
             saver.save(progress.step, asdict(progress))
+            running.health.saving()
         for failure in saver.check():
             log.say(f"warning: {failure}; training goes on, the next one is tried as usual")
         if stopping and not done:
@@ -260,6 +268,7 @@ def _judge_start(running: Running, session: Session) -> None:
     # A run that goes on from another run's checkpoint has judged nothing either.
     first = progress.step == 0 or not broadcast_object(bool(log.evaluations), running.mesh.world)
     if first:
+        running.health.begin("judging the teacher")
         figures, known = session.judge.teacher(session.teacher)
         parameters = num_parameters([session.teacher], running.mesh)
         log.evaluation(
@@ -278,6 +287,7 @@ def _judge_start(running: Running, session: Session) -> None:
 def _judge_student(running: Running, session: Session, *, with_choices: bool) -> Figures:
     """Judge the student against the round's teacher, and log it."""
     progress, log = running.progress, running.log
+    running.health.begin("judging the student")
     figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
     if progress.round_step or progress.attempt:
         # The rank that writes has the lines of the start, also when another process has judged it.
