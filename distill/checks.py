@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distill.annealing import Stages, extremes
+from distill.bounds import check_bounds
 from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
@@ -51,6 +53,7 @@ _POSITIVE = (
     "gate.repeats",
     "checkpoint.keep",
     "log.every",
+    "log.health_limit_s",
     "evaluate.rows",
 )
 _NOT_NEGATIVE = (
@@ -104,8 +107,8 @@ def check_config(
     _check_rounds(config)
     rounds = rounds_of(config)
     for settings in rounds:
-        _check_values(flatten(config_to_dict(settings)))
         _check_schedules(settings.loss)
+        _check_values(flatten(config_to_dict(settings)))
     config = fill_mesh(config, world_size)
     for index, settings in enumerate(rounds):
         _check_batch(replace(settings, mesh=config.mesh))
@@ -181,6 +184,7 @@ def _check_values(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"optimizer.betas={show(flat['optimizer.betas'])} must each be 0 or more and less than 1"
         )
+    check_bounds(flat)
     _check_related(flat)
 
 
@@ -197,10 +201,14 @@ def _check_schedules(loss: Loss) -> None:
         for value in extremes(number):
             if name == "temperature" and not 0 < value < math.inf:
                 raise ConfigError(f"loss.{name}={shown} must be greater than 0")
+            if name == "temperature" and not 1e-4 <= value <= 1e4:
+                raise ConfigError(f"loss.{name}={shown} is outside 0.0001 to 10000")
             if name == "alpha" and not 0 <= value <= 1:
                 raise ConfigError(f"loss.{name}={shown} is outside 0 to 1")
             if name == "hidden.weight" and not 0 <= value < math.inf:
                 raise ConfigError(f"loss.{name}={shown} must be 0 or more")
+        if isinstance(number, Stages) and any(step < 0 for step in number.values):
+            raise ConfigError(f"loss.{name}={shown} must name steps of 0 or more")
 
 
 def _check_related(flat: dict[str, Any]) -> None:
@@ -271,6 +279,8 @@ def _check_paths(config: Config, needs: Iterable[str]) -> None:
         "student.model": "a hub id or a folder",
         "data.path": "a file, a folder, a list of files, a data set id or pydoc",
     }
+    if "teacher.model" in needs:
+        check_writable("data.cache_dir", config.data.cache_dir)
     for key in needs:
         if not flat[key]:
             raise ConfigError(f"{key}={show(flat[key])} must be given; use {advice[key]}")
@@ -285,6 +295,28 @@ def _check_paths(config: Config, needs: Iterable[str]) -> None:
     for key, name in sorted(named):
         if _is_local(name) and not Path(name).expanduser().exists():
             raise ConfigError(f"{key}={name} does not exist; use {advice[key]}")
+
+
+def check_writable(key: str, folder: str | Path) -> None:
+    """Check that a folder is there, or can be made, and may be written.
+
+    Raises:
+        ConfigError: it cannot, as far as can be seen without trying.
+    """
+    place = Path(folder).absolute()
+    try:
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder} cannot be reached ({error.strerror}); use another folder"
+        ) from error
+    if not there.is_dir():
+        what = "is" if there == place else f"cannot be made: {there} is"
+        raise ConfigError(f"{key}={folder} {what} a file; use a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{key}={folder} cannot be written: {there} is not yours to write; use another folder"
+        )
 
 
 def _is_local(name: str) -> bool:

@@ -15,9 +15,19 @@ from typing import Any
 from distill.annealing import Ramp, Stages, extremes, value_at
 from distill.student_config import Student
 
+_LONGEST = 1500
+"""Characters of a message; of a longer one the middle, where a value is, is left out."""
+
 
 class ConfigError(ValueError):
-    """A mistake of the user: the message names the key, its value, and what would be right."""
+    """A mistake of the user: the message names the key, its value, and what would be right; it is always one line."""
+
+    def __init__(self, message: str) -> None:
+        """Take the message, with `\\n` for a line feed and the like, whatever a user has typed or a library has said."""
+        line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 3]} ... {line[-_LONGEST // 3 :]}"
+        super().__init__(line)
 
 
 @dataclass(frozen=True)

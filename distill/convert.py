@@ -38,6 +38,7 @@ ROUND_KEYS = (
 )
 """What an entry of `rounds` may override: these keys and the ones below them."""
 
+_TOO_LARGE = 10**300
 _WORDS = {
     str: "text",
     int: "a whole number",
@@ -127,6 +128,9 @@ def show(value: Any) -> str:
         return f"[{','.join(show(item) for item in value)}]"
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{name}: {show(item)}' for name, item in value.items())}}}"
+    if isinstance(value, int) and abs(value) > _TOO_LARGE:
+        # Python refuses to write out the digits of larger ones.
+        return f"a number of {value.bit_length()} bits"
     return str(value)
 
 
@@ -170,7 +174,8 @@ def _match(hint: Any, value: Any) -> tuple[bool, Any]:
     if hint is Any:
         return True, value
     if hint is float and type(value) is int:
-        return True, float(value)
+        # An integer of hundreds of digits is no float.
+        return (True, float(value)) if abs(value) < _TOO_LARGE else (False, value)
     return type(value) is hint, value
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from distill.checks import check_writable
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, flatten, show
 
@@ -60,8 +61,7 @@ def check_run_folder(config: Config) -> None:
             or numbers that no run of this command made.
     """
     folder = Path(config.run.dir or ".")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run.dir={folder} is a file; use a folder")
+    check_writable("run.dir", folder)
     made = [name for name in _MADE if (folder / name).is_dir() or _has_content(folder / name)]
     if not made:
         return

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.checks import check_writable
 from distill.config import Config, ConfigError
 from distill.stop import Stop
 from launch.command import Command, run_command
@@ -27,6 +28,7 @@ def prune(config: Config, mesh: Mesh, stop: Stop) -> None:
 
 
 def _check(config: Config) -> None:
+    check_writable("run.dir", config.run.dir or ".")
     folder = Path(config.run.dir or ".") / "student"
     if folder.exists():
         raise ConfigError(f"run.dir={config.run.dir} already holds a student; use another run.dir")
