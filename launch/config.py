@@ -63,7 +63,7 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
             line = replace(line, shows=line.shows or "config")
         elif option in ("--config-dir", "-cd"):
             value = value or (rest.pop(0) if rest else "")
-            if not Path(value).is_dir():
+            if not value or not _is_folder(value):
                 raise ConfigError(f"{option} {value} is no folder; use one that holds experiment/NAME.yaml")
             line = replace(line, recipe_dir=value)
         elif option in ("--multirun", "-m"):
@@ -133,7 +133,8 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
             raise ConfigError(f"the argument {argument} is not an override; use {hint}")
         try:
             parsed.append(parser.parse_override(argument))
-        except HydraException as error:
+        except (HydraException, ValueError, RecursionError) as error:
+            # Python itself refuses a number of more than 4,300 digits, and brackets that are too deep.
             raise ConfigError(
                 f"the override {argument} cannot be read ({_first_line(error)}); quote a text with special "
                 "characters inside the shell's quotes, as in 'key=\"a text\"'"
@@ -151,7 +152,11 @@ def _check_override(override: Override) -> None:
             f"{key} has no effect here: no Hydra job is started; use run.dir for the run's folder"
         )
     options = groups()
-    if key in options and not isinstance(override.value(), (str, dict, NoneType)):
+    if not key:
+        raise ConfigError(f"{override.input_line} names no key; use key=value")
+    # An experiment may be taken away again, a group not.
+    named = (str, dict, NoneType) if key == "experiment" else (str, dict)
+    if key in options and not isinstance(override.value(), named):
         raise ConfigError(f"{override.input_line} does not name a recipe; use {key}={either(options[key])}")
     known = known_keys()
     branches = {name.rpartition(".")[0] for name in known} | set(options) | {_SEARCH_PATH}
@@ -191,8 +196,21 @@ def _compose(overrides: list[str]) -> tuple[dict[str, Any], str | None]:
     except (HydraException, OmegaConfBaseException) as error:
         cause = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
         raise ConfigError(f"{_first_line(error).rstrip('.')}{cause}") from error
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        # Hydra's own way with what it did not expect in a command line: a NUL, brackets that are too deep.
+        raise ConfigError(
+            f"{' '.join(overrides)} cannot be composed ({_first_line(error)}); see --help for the keys"
+        ) from error
     assert isinstance(values, dict), values
     return values, experiment
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        # A name that is too long, or with a NUL.
+        return False
 
 
 def _first_line(error: BaseException) -> str:
