@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from distill.atomic import build_once
 from distill.config import ConfigError
+from distill.config_file import read_model_config
 from distill.convert_gguf import convert_gguf
+from distill.model_shapes import check_shapes
 from distill.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def resolve_model(
         raise ConfigError(f"{key}={name} does not exist; give {_WANTS}")
     else:
         folder = _fetched(name, cache_dir, trust_remote_code, key)
-    load_config(folder, trust_remote_code=trust_remote_code, key=key)
+    config, shapes = _checked(folder, trust_remote_code, key)
+    check_shapes(folder, config, shapes, key=key)
     return folder
 
 
@@ -80,9 +83,17 @@ def load_config(
     Raises:
         ConfigError: path or config.json missing or broken, not a causal LM, safetensors missing or cut short.
     """
-    config = _causal_config(folder, trust_remote_code, key)
-    check_weight_files(folder, key=key)
-    return config
+    return _checked(folder, trust_remote_code, key)[0]
+
+
+def _checked(
+    folder: Path, trust_remote_code: bool, key: str
+) -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
+    """Return the configuration, and the shapes of the tensors in the files."""
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={folder} does not exist; give {_WANTS}")
+    config = read_model_config(folder, trust_remote_code=trust_remote_code, key=key)
+    return config, check_weight_files(folder, key=key)
 
 
 def load_tokenizer(
@@ -102,11 +113,28 @@ def load_tokenizer(
             f"{key}={folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json there"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        largest = max(tokenizer.get_vocab().values(), default=0)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ConfigError(f"{key}={folder}: its tokenizer cannot be read ({_first_line(error)})") from error
+    vocab_size = _vocab_size(folder)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ConfigError(
+            f"{key}={folder}: its tokenizer has ids up to {largest}, but config.json has vocab_size={vocab_size}; use the "
+            "tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def _vocab_size(folder: Path) -> int | None:
+    """Return the rows of the embedding, as config.json says them; None in a folder that holds a tokenizer alone."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    return raw.get("vocab_size", (raw.get("text_config") or {}).get("vocab_size"))
 
 
 def embedded_gguf(cache_dir: Path) -> Path:
@@ -190,7 +218,7 @@ def _fetched(name: str, cache_dir: Path, trust_remote_code: bool, key: str) -> P
     places = {"cache_dir": cache_dir / "hub", "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns, **places))
-        _causal_config(folder, trust_remote_code, key)
+        read_model_config(folder, trust_remote_code=trust_remote_code, key=key)
         return Path(snapshot_download(name, allow_patterns=[*patterns, "*.safetensors"], **places))
     except GatedRepoError as error:
         raise ConfigError(
@@ -205,39 +233,6 @@ def _fetched(name: str, cache_dir: Path, trust_remote_code: bool, key: str) -> P
             f"{key}={name} is not a local path, and the hub gave no answer ({_first_line(error)}); check the id and "
             f"the network, or give {_WANTS}"
         ) from error
-
-
-def _causal_config(folder: Path, trust_remote_code: bool, key: str) -> PreTrainedConfig:
-    """Read config.json and refuse what is not a causal LM."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    if not folder.is_dir():
-        raise ConfigError(f"{key}={folder} does not exist; give {_WANTS}")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{key}={folder} has no config.json; a Hugging Face model folder is needed")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        hint = ""
-        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            hint = "; set teacher.trust_remote_code=true if you trust its Python code"
-        raise ConfigError(
-            f"{key}={folder}: config.json cannot be read ({_first_line(error)}){hint}"
-        ) from error
-    architectures = raw.get("architectures") or []
-    custom = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
-    known = set(architectures) & set(CAUSAL.values()) if architectures else config.model_type in CAUSAL
-    if not (known or custom):
-        kind = ", ".join(architectures) or f"model_type {config.model_type}"
-        raise ConfigError(
-            f"{key}={folder} is not a causal language model but {kind}; a ...ForCausalLM is needed"
-        )
-    return config
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """Judge the safetensors files of a model folder by their headers, before any weight is read.
 
 Decides: which files hold the weights (the index if there is one, else `model.safetensors`), and that each is whole: a
-file must be exactly as long as its own header says, must hold the tensors the index promises, and must lie in the
-folder itself. Costs one small read a file, so a file cut short is known at once and not after minutes of loading.
-Does not look at values, and does not compare names with a model: the loader does, strictly.
+file must be exactly as long as its own header says, must hold plain floats and the tensors the index promises, and must lie in the
+folder itself (or, in a hub cache, be a link into its own blobs). Costs one small read a file, so a file cut short is known at
+once and not after minutes of loading. Does not look at values; names and shapes are compared by `distill.model_shapes`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from distill.config import ConfigError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # The format's own limit; a longer length means that these eight bytes are no safetensors header.
 _MAX_HEADER_BYTES = 100_000_000
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def check_weight_files(folder: Path, *, key: str) -> None:
+def check_weight_files(folder: Path, *, key: str) -> Shapes:
     """Check that a folder's safetensors files are all there and whole.
 
     Args:
         folder: a Hugging Face model folder.
         key: the setting that named it, for the message.
+    Returns:
+        The shapes of all tensors in them, by name.
     Raises:
-        ConfigError: no safetensors, a missing shard or tensor, a shard outside the folder, a file cut short.
+        ConfigError: no safetensors, a missing shard or tensor, a shard outside the folder, a file cut short or no safetensors
+            file, a tensor of another type than plain floats.
     """
     if (folder / _INDEX).is_file():
         shards = _read_index(folder / _INDEX, key)
@@ -36,15 +44,40 @@ def check_weight_files(folder: Path, *, key: str) -> None:
         shards = {_SINGLE: set()}
     else:
         raise ConfigError(_no_weights(folder, key))
+    shapes: Shapes = {}
     for shard, expected in sorted(shards.items()):
         path = folder / shard
-        if not path.is_file():
+        if not _is_file(path):
             raise ConfigError(
                 f"{key}={folder}: {_INDEX} names {shard}, which is missing; fetch the model again"
             )
-        missing = expected - _check_file(path, key)
+        _check_place(path, key)
+        found = _check_file(path, key)
+        missing = expected - found.keys()
         if missing:
             raise ConfigError(f"{key}={folder}: {shard} lacks {min(missing)}, which {_INDEX} promises there")
+        shapes |= found
+    return shapes
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        # A name that is too long, or with a NUL.
+        return False
+
+
+def _check_place(path: Path, key: str) -> None:
+    """Refuse a link that leads out of the folder, as a folder from elsewhere may hold it; hub caches are made of links."""
+    folder = path.parent.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise ConfigError(
+            f"{key}: {path} is a link to {path.resolve()}, outside its folder; put the file itself there"
+        )
 
 
 def _no_weights(folder: Path, key: str) -> str:
@@ -62,7 +95,7 @@ def _read_index(path: Path, key: str) -> dict[str, set[str]]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(shard), str(name)) for name, shard in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{key}: {path} is not a safetensors index with a weight_map ({error})") from error
     shards: dict[str, set[str]] = {}
     for shard, name in pairs:
@@ -77,8 +110,8 @@ def _read_index(path: Path, key: str) -> dict[str, set[str]]:
     return shards
 
 
-def _check_file(path: Path, key: str) -> set[str]:
-    """Return the tensor names of a safetensors file whose length agrees with its header."""
+def _check_file(path: Path, key: str) -> Shapes:
+    """Return the shapes of the tensors of a safetensors file whose length agrees with its header."""
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -89,17 +122,33 @@ def _check_file(path: Path, key: str) -> set[str]:
             raise ConfigError(_cut_short(path, key, size_bytes, 8 + header_bytes))
         try:
             header: dict[str, Any] = json.loads(file.read(header_bytes))
-            tensors = {
-                name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ConfigError(
-                f"{key}: {path} has a broken safetensors header ({error}); fetch it again"
-            ) from error
-    expected_bytes = 8 + header_bytes + max(tensors.values(), default=0)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise _broken(path, key, error) from error
+    expected_bytes = 8 + header_bytes + end
     if size_bytes != expected_bytes:
         raise ConfigError(_cut_short(path, key, size_bytes, expected_bytes))
-    return set(tensors)
+    return _shapes(path, key, tensors)
+
+
+def _shapes(path: Path, key: str, tensors: dict[str, Any]) -> Shapes:
+    """Return the shapes, once the reader of the format itself has found nothing wrong with the header."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _broken(path, key, error) from error
+    for name, entry in tensors.items():
+        if entry["dtype"] not in _FLOATS:
+            raise ConfigError(
+                f"{key}: {path} holds {name} as {entry['dtype']}; plain floats are needed ({', '.join(_FLOATS)})"
+            )
+    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+
+
+def _broken(path: Path, key: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{key}: {path} has a broken safetensors header ({error}); fetch it again")
 
 
 def _cut_short(path: Path, key: str, size_bytes: int, expected_bytes: int) -> str:

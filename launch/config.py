@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import yaml
@@ -154,9 +153,7 @@ def _check_override(override: Override) -> None:
     options = groups()
     if not key:
         raise ConfigError(f"{override.input_line} names no key; use key=value")
-    # An experiment may be taken away again, a group not.
-    named = (str, dict, NoneType) if key == "experiment" else (str, dict)
-    if key in options and not isinstance(override.value(), named):
+    if key in options and not isinstance(override.value(), (str, dict)):
         raise ConfigError(f"{override.input_line} does not name a recipe; use {key}={either(options[key])}")
     known = known_keys()
     branches = {name.rpartition(".")[0] for name in known} | set(options) | {_SEARCH_PATH}
