@@ -27,7 +27,7 @@ from typing import Any, Self
 from distill.config import Config
 from distill.convert import config_to_dict
 from distill.curve import draw_curve
-from distill.dashboard import finish_dashboard, start_dashboard
+from distill.dashboard import Dashboard, open_dashboard
 from distill.health import Health
 from distill.line_file import LineFile
 from distill.runfolder import (
@@ -122,7 +122,7 @@ class RunLog:
         self._finishing = threading.Lock()
         self._beside: Background | None = None
         self._metrics: LineFile | None = None
-        self._wandb: Any = None
+        self._wandb: Dashboard | None = None
         self.steps: list[dict[str, Any]] = []
         """Lines of `metrics.jsonl` so far; empty on ranks that do not write."""
         self.evaluations: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ class RunLog:
         self.evaluations = cut_lines(self._folder / EVALUATIONS_FILE, last_step=done_steps)
         self._metrics = LineFile(self._folder / METRICS_FILE)
         if config.log.wandb != "disabled":
-            self._wandb = start_dashboard(config, self._folder)
+            self._wandb = open_dashboard(config, self._folder)
         self._beside = Background("log", yields=True)
 
     def __enter__(self) -> Self:
@@ -271,7 +271,7 @@ class RunLog:
         with self._finishing:
             run, self._wandb = self._wandb, None
         if run is not None:
-            finish_dashboard(run, self._folder, summary or {}, failed=failed)
+            run.finish(summary or {}, failed=failed)
 
     def _write_step(self, values: Mapping[str, Any], step: int) -> None:
         assert self._metrics is not None

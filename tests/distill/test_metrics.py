@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.config import Config, ConfigError, Log, MeshShape, Run, Train
+from distill.config import Config, Log, MeshShape, Run, Train
 from distill.metrics import RunLog, StepMetrics, duration
 from tests.distill.test_line_file import full_at
 
@@ -221,18 +221,3 @@ def test_wandb_gets_the_same_names_and_the_pictures(tmp_path: Path) -> None:
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert run["config"]["update"]["loss"]["temperature"] == 2.0
     assert [r["history"]["item"]["_step"] for r in inspect(second) if r["type"] == "history"] == [3]
-
-
-def test_wandb_that_does_not_start_is_the_users_to_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    def refuse(**settings: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured.\nUse wandb login.")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(
-        ConfigError, match="log.wandb=online did not start .No API key configured..; use offline"
-    ):
-        RunLog(config_in(tmp_path, wandb="online"), writes=True)
