@@ -33,7 +33,10 @@ _GPT2 = frozenset(
     {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "mellum", "gigachat"}
 )
 # What the readers of gguf and transformers raise for a file that is damaged, or of a kind they do not know.
-_UNREADABLE = (ValueError, IndexError, KeyError, NotImplementedError, OverflowError, struct.error)
+_UNREADABLE = (
+    *(ValueError, IndexError, KeyError, NotImplementedError, OverflowError, struct.error),
+    *(TypeError, AttributeError, RuntimeError, MemoryError, OSError),
+)
 
 
 def convert_gguf(gguf: Path, target: Path, *, key: str = "teacher.model") -> None:

@@ -9,13 +9,14 @@ larger than memory. Assumes UTF-8. Does not tokenise.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.config import ConfigError, Data
+from distill.convert import show
+from distill.documents import json_documents, text_documents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,8 +36,19 @@ def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) 
         cache_dir: where `datasets` keeps its Arrow files.
         show_progress: show its progress bars.
     Raises:
-        ConfigError: nothing there, an unknown text_field, a record without text (file and line), no text at all.
+        ConfigError: nothing there, an unknown text_field, a record without text (file and line), no text at all, a file that
+            has gone or cannot be read.
     """
+    try:
+        return _read_documents(data, cache_dir, show_progress)
+    except OSError as error:
+        raise ConfigError(
+            f"data.path: {error.filename or data.path} cannot be read ({error.strerror or error}); it must stay where it is "
+            "while it is read"
+        ) from error
+
+
+def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset:
     from datasets import concatenate_datasets
 
     paths = [data.path] if isinstance(data.path, str) else list(data.path or ())
@@ -53,7 +65,14 @@ def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) 
             f"data.path={data.path} holds no text in {', '.join(_SUFFIXES)} files; give {_WANTS}"
         )
     whole = concatenate_datasets(sets)
-    visible = [i for i, text in enumerate(whole["text"]) if text.strip()]
+    visible = []
+    for i, text in enumerate(whole["text"]):
+        if "\0" in text:
+            raise ConfigError(
+                f"data.path={show(data.path)}: record {i + 1} of all holds a NUL ({text[:40]!r}...); mend or leave it out"
+            )
+        if text.strip():
+            visible.append(i)
     if not visible:
         raise ConfigError(f"data.path={data.path} holds no text in its {len(whole)} documents")
     return whole.select(visible)
@@ -126,84 +145,63 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
     else:
         return [_from_hub(path, field, cache_dir)]
     plain = [file for file in files if file.suffix == ".txt"]
-    records = [
-        (_from_jsonl if file.suffix == ".jsonl" else _from_parquet)(file, field, cache_dir)
-        for file in files
-        if file.suffix != ".txt" and file.stat().st_size
+    records = [file for file in files if file.suffix != ".txt" and file.stat().st_size]
+    sets = [
+        _generated(json_documents, cache_dir, file=str(file), field=field, stamp=_stamp([file]))
+        if file.suffix == ".jsonl"
+        else _from_parquet(file, field, cache_dir)
+        for file in records
     ]
-    return [*([_from_text_files(plain, cache_dir)] if plain else []), *records]
+    if plain:
+        texts = [str(file) for file in plain]
+        sets.insert(0, _generated(text_documents, cache_dir, files=texts, stamp=_stamp(plain)))
+    return sets
 
 
-def _from_text_files(files: list[Path], cache_dir: Path) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _generated(documents: Callable[..., Iterator[dict[str, str]]], cache_dir: Path, **source: Any) -> Dataset:
+    """Return what a generator yields, from the cache if the files have not changed.
 
-    options = {"sample_by": "document", "split": "train", "cache_dir": str(cache_dir)}
-    try:
-        return load_dataset("text", data_files=[str(file) for file in files], **options).select_columns(
-            ["text"]
-        )
-    except DatasetGenerationError as error:
-        for file in files:
-            try:
-                file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as fault:
-                raise ConfigError(f"data.path: {file} is not UTF-8 text ({fault})") from error
-        raise
-
-
-def _from_jsonl(file: Path, field: str, cache_dir: Path) -> Dataset:
-    """Load the text of one JSONL file line by line: other columns may hold anything, and a mistake has a line number."""
+    Args:
+        source: arguments of the generator; `stamp`, which is not among them, tells the files' content from another.
+    """
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
-    stat = file.stat()
-    # `stamp` is part of the cache key of `datasets`, so a changed file is read again.
-    source = {"file": str(file), "field": field, "stamp": (stat.st_size, stat.st_mtime_ns)}
-    features = Features({"text": Value("string")})
     try:
         return Dataset.from_generator(
-            _json_texts, features=features, cache_dir=str(cache_dir), gen_kwargs=source
+            _generate,
+            features=Features({"text": Value("string")}),
+            cache_dir=str(cache_dir),
+            gen_kwargs={"documents": documents, **source},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConfigError):
+        if isinstance(error.__cause__, ConfigError | OSError):
             raise error.__cause__ from None
         raise
 
 
-def _json_texts(file: str, field: str, stamp: tuple[int, int]) -> Iterator[dict[str, str]]:
-    """Yield the text of each record of a JSONL file; blank lines are passed over."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"data.path: {file}, line {number} is not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise ConfigError(
-                    f"data.path: {file}, line {number} is a {type(record).__name__}, not an object"
-                )
-            if not isinstance(record.get(field), str):
-                fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
-                raise ConfigError(
-                    f"data.text_field={field} is no string in {file}, line {number}; the fields there: {fields}"
-                )
-            yield {"text": record[field]}
+def _generate(
+    documents: Callable[..., Iterator[dict[str, str]]], stamp: object, **source: Any
+) -> Iterator[dict[str, str]]:
+    """Yield the documents; `stamp` is only part of the cache key of `datasets`, so that a changed file is read again."""
+    yield from documents(**source)
+
+
+def _stamp(files: Sequence[Path]) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)]
 
 
 def _from_parquet(file: Path, field: str, cache_dir: Path) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     options = {"data_files": [str(file)], "split": "train", "cache_dir": str(cache_dir)}
     try:
         # Only the text is copied into the cache, so its name is looked up first.
         _check_field(parquet.read_schema(file).names, field, file)
         dataset = load_dataset("parquet", columns=[field], **options)
-    except (DatasetGenerationError, ArrowInvalid) as error:
+    except (DatasetGenerationError, ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.path: {file} cannot be read as parquet: {error.__cause__ or error}"
         ) from error

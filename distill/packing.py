@@ -11,7 +11,7 @@ Decides, all of it:
   tokens of different pieces must not see each other. The last token of a piece has no target.
 
 Rows are cached under a hash of everything that they depend on, written to a temporary folder and renamed when whole, as
-plain .npy arrays that are memory-mapped. Assumes a fast (tokenizer.json) tokenizer. Holds one corpus' tokens in memory, at
+plain .npy arrays that are memory-mapped and checked by their sums. Assumes a fast (tokenizer.json) tokenizer. Holds one corpus' tokens in memory, at
 4 bytes each, while it packs.
 """
 
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from distill.atomic import build_once
+from distill.checksums import drop_if_damaged, write_sums
 from distill.config import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 # Counts changes of the rules above or of the files below.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Row(NamedTuple):
@@ -166,6 +167,7 @@ def build_rows(
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     folder = cache_dir / "rows" / key.hexdigest()[:24]
+    drop_if_damaged(folder, "the text is tokenised again")
     if not folder.is_dir():
         shown = tqdm(texts, desc=f"tokenise {label}", unit=" documents", disable=not show_progress)
         build_once(folder, lambda temporary: _write(temporary, cutter, shown))
@@ -238,6 +240,7 @@ def _write_arrays(
     input_ids_RS.flush()
     np.save(folder / "lengths.npy", lengths_P[order])
     np.save(folder / "first_piece.npy", first_piece)
+    write_sums(folder)
 
 
 def _move_spaces(chunks: list[str]) -> list[str]:

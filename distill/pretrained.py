@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -198,6 +199,12 @@ def _converted(gguf: Path, cache_dir: Path, key: str) -> Path:
     identity = f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_dir / "models" / f"{gguf.stem}-{digest}"
+    if target.is_dir():
+        try:
+            _checked(target, False, key)
+        except ConfigError as error:
+            print(f"{target} is broken ({error}); {gguf} is converted again", flush=True)
+            shutil.rmtree(target, ignore_errors=True)
     if not target.is_dir():
         build_once(target, lambda temporary: convert_gguf(gguf, temporary, key=key))
     return target
