@@ -96,7 +96,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, suffix: str) -> None:
         (lambda f: f, "holds no text in .txt, .jsonl, .parquet files"),
         (lambda f: (f / "a.txt").write_text(" \n") and f, "holds no text in its 1 documents"),
         (lambda f: (f / "a.csv").write_text("x") and f / "a.csv", r"is a \.csv file; give a \.txt"),
-        (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\x00") and f, r"a\.txt is not UTF-8"),
+        (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\x00") and f, r"a\.txt, line 1 is not UTF-8"),
         (lambda f: _jsonl(f / "a.jsonl", {"text": "a"}, "", '{"text": "b"'), r"a\.jsonl, line 3 is not JSON"),
         (lambda f: _jsonl(f / "a.jsonl", {"text": "a"}, ["b"]), r"a\.jsonl, line 2 is a list, not an object"),
         (
