@@ -1,7 +1,8 @@
 """Whether a folder's weights are those of the model that its config describes, by names and shapes alone.
 
-Decides nothing: the model is built on the meta device, which holds no weights, and compared with the headers of the files. So a
-config that does not belong to the weights is known before memory is taken for them, which could be any amount.
+The model is built on the meta device, which holds no weights, and compared with the headers of the files. So a config that does
+not belong to the weights is known before memory is taken for them, which could be any amount. Decides that only shapes and the
+embedding are compared: tensors that are missing or left over are told by the loader, which knows what families do with names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def check_shapes(
         shapes: of the tensors, by name, as their headers say.
         key: the setting that named the folder, for messages.
     Raises:
-        ConfigError: the config describes no model that can be built, or one with other parameters.
+        ConfigError: the config describes no model that can be built, one with other shapes, or there is no embedding.
     """
     from parallel.model import build_meta_model
 
@@ -37,10 +38,11 @@ def check_shapes(
         raise ConfigError(
             f"{key}={folder}: config.json describes a model that cannot be built ({reason}); fetch it again"
         ) from error
+    embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
-        if name not in shapes:
+        if name not in shapes and parameter is embedding:
             raise ConfigError(f"{key}={folder}: {folder} has no tensor {name!r}, which the model needs")
-        if shapes[name] != tuple(parameter.shape):
+        if shapes.get(name, parameter.shape) != tuple(parameter.shape):
             raise ConfigError(
                 f"{key}={folder}: tensor {name!r} has shape {show(list(shapes[name]))}, but config.json says "
                 f"{show(list(parameter.shape))}; use the config that belongs to the weights"
