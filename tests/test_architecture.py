@@ -194,5 +194,10 @@ def test_each_test_file_has_its_source() -> None:
     assert not without, without
 
 
-SPANNING_TESTS = ("tests/launch/test_errors.py",)
-"""Tests of how several files work together."""
+SPANNING_TESTS = (
+    "tests/launch/test_errors.py",
+    "tests/launch/test_fuzz.py",
+    "tests/launch/test_kubernetes.py",
+    "tests/launch/test_slurm.py",
+)
+"""Tests of how several files work together, or of what is no Python."""

@@ -52,16 +52,16 @@ def test_a_broken_record_has_file_and_line(
 
 def test_records_are_read_in_order_and_blank_lines_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    texts = ["one", "zwei ü", "three\nlines", ""]
+    texts = ["one", "zwei \u00fc", "three\nlines", ""]
     file.write_text("\n".join(json.dumps({"text": text, "other": 1}) for text in texts) + "\n \n\n")
     assert [each["text"] for each in json_documents(str(file), "text")] == texts
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("one\r\ntwo ü\rthree\n".encode())
+    (tmp_path / "a.txt").write_bytes("one\r\ntwo \u00fc\rthree\n".encode())
     (tmp_path / "b.txt").write_bytes(b"")
     read = text_documents([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-    assert [each["text"] for each in read] == ["one\ntwo ü\nthree\n", ""]
+    assert [each["text"] for each in read] == ["one\ntwo \u00fc\nthree\n", ""]
 
 
 @pytest.mark.parametrize(

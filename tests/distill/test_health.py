@@ -124,7 +124,7 @@ def test_numbers_are_those_of_the_last_line_under_proper_names(tmp_path: Path) -
         "reflux_throughput_tokens_per_second": ("gauge", 400.0),
         "reflux_memory_peak_bytes": ("gauge", 1000.0),
     }
-    assert metric_name("eval/Ünï-code") == "reflux_eval__n__code"
+    assert metric_name("eval/\u00dcn\u00ef-code") == "reflux_eval__n__code"
 
 
 def test_served_over_http_until_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
