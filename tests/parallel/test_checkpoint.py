@@ -269,7 +269,7 @@ def test_all_ranks_learn_that_one_could_not_write(folders: dict[str, str], tmp_p
     }
     for number, ((failing, function), file) in enumerate(files.items()):
         root = tmp_path / str(number)
-        ranks = run_distributed(2, _fails_on_one, folders, root, failing, function, timeout_s=60)
+        ranks = run_distributed(2, _fails_on_one, folders, root, failing, function)
         reason = (
             f"the checkpoint of step 2 could not be written: rank {failing} (pp {failing}, dp 0, tp 0): "
             f"{root}/step-00000002.partial{file}: Input/output error"

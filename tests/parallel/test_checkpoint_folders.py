@@ -120,7 +120,7 @@ def _verified(folder: Path) -> tuple[list[str], str]:
 
 
 def test_each_file_is_read_by_one_rank(tmp_path: Path) -> None:
-    (first, told), (second, other) = run_distributed(2, _verified, write(tmp_path, 1), timeout_s=60)
+    (first, told), (second, other) = run_distributed(2, _verified, write(tmp_path, 1))
     assert sorted(first + second) == sorted([*FILES, "config.json"]) and min(len(first), len(second)) == 2
     assert told == other and told.endswith("b.safetensors is damaged: its content is not that of its SHA-256")
 
