@@ -83,10 +83,10 @@ def test_a_text_file_that_is_none(
 
 
 def test_no_more_is_read_than_a_document_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a terabyte without a line end, which costs no disk here, must not be read into memory."""
+    """A large file without a line end, which costs no disk here, must not be read into memory."""
     file = tmp_path / "a.jsonl"
     with file.open("wb") as sparse:
-        sparse.truncate(2**40)
+        sparse.truncate(2**30)
     monkeypatch.setattr(documents, "LONGEST_BYTES", 2**20)
     with pytest.raises(ConfigError, match="line 1 is longer than"):
         list(json_documents(str(file), "text"))
