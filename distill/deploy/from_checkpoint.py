@@ -35,7 +35,6 @@ from parallel.checkpoint_manifest import CheckpointError, Manifest
 from parallel.factored import merge_factors, ranks_of
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
-from parallel.optimizer import MOMENTS
 
 MAX_SHARD_BYTES = 2 * 2**30
 
@@ -130,10 +129,10 @@ def _check_names(source: _Source, model: PreTrainedModel) -> None:
         found = source.files.shape(f"weight/{name}")
         if found != shape:
             raise CheckpointError(f"weight/{name} is {list(found)}, its config says {list(shape)}")
-    kinds = ("weight", "mask", *MOMENTS)
     for name in sorted(source.files.names):
-        kind, _, parameter = name.partition("/")
-        if kind not in kinds or not (parameter in shapes or parameter.startswith(PROJECTION)):
+        # What the optimizer keeps of a parameter has its name too.
+        _, _, parameter = name.partition("/")
+        if parameter not in shapes and not parameter.startswith(PROJECTION):
             raise CheckpointError(f"it holds {name!r}, which {type(model).__name__} does not have")
 
 

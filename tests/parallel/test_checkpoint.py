@@ -225,6 +225,7 @@ def test_a_full_disk_is_met_at_every_file(
             "parallel.checkpoint.write_shards", lambda tensors, shards, path: write_shards(few, {}, path)
         )
     companions = {"student/tokenizer.json": b"x" * (100 if file == MANIFEST else 3000)}
+    before = save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
     real = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Saver(tmp_path, step.optimizer, step.mesh, keep=1, companions=companions) as saver:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, real[1]))
@@ -234,7 +235,7 @@ def test_a_full_disk_is_met_at_every_file(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, real)
         assert f"/step-00000005.partial/{file}: File too large" in (saver.failure or "")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [before], "the oldest goes only when the newest is complete"
 
 
 def _fails_on_one(folders: dict[str, str], root: Path, failing: int, function: str) -> list[Any]:
