@@ -2,8 +2,9 @@
 
 Decides: which files hold the weights (the index if there is one, else `model.safetensors`), and that each is whole: a
 file must be exactly as long as its own header says, must hold plain floats and the tensors the index promises, and must lie in the
-folder itself (or, in a hub cache, be a link into its own blobs). Costs one small read a file, so a file cut short is known at
-once and not after minutes of loading. Does not look at values; names and shapes are compared by `distill.model_shapes`.
+folder itself or be a link to weights (another safetensors file, or a blob of its own hub cache). Costs one small read a file,
+so a file cut short is known at once and not after minutes of loading. Does not look at values; names and shapes are compared
+by `distill.model_shapes`.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_place(path: Path, key: str) -> None:
-    """Refuse a link that leads out of the folder, as a folder from elsewhere may hold it; hub caches are made of links."""
-    folder = path.parent.resolve()
+    """Refuse a link to what is no file of weights, as a folder from elsewhere may hold it; hub caches are made of links."""
+    folder, target = path.parent.resolve(), path.resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":
         homes.append(folder.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(home) for home in homes):
+    if target.suffix != path.suffix and not any(target.is_relative_to(home) for home in homes):
         raise ConfigError(
-            f"{key}: {path} is a link to {path.resolve()}, outside its folder; put the file itself there"
+            f"{key}: {path} is a link to {target}, which is no safetensors file; put the file itself there"
         )
 
 

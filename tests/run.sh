@@ -8,4 +8,5 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-cache
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+# Two files at a time: most tests keep one core busy.
+exec .venv/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile "$@"

@@ -76,8 +76,8 @@ def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Harm:
 
 
 def link_out(folder: Path) -> None:
-    shutil.move(folder / "model.safetensors", folder.parent / "other.safetensors")
-    (folder / "model.safetensors").symlink_to(folder.parent / "other.safetensors")
+    shutil.move(folder / "model.safetensors", folder.parent / "secret")
+    (folder / "model.safetensors").symlink_to(folder.parent / "secret")
 
 
 def added_token(folder: Path) -> None:

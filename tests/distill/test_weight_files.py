@@ -43,6 +43,13 @@ def test_whole_files_pass(sharded: Path, tmp_path_factory: pytest.TempPathFactor
     check_weight_files(single, key="teacher.model")
 
 
+def test_weights_may_lie_on_another_disk(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "some.safetensors"
+    (sharded / FIRST).rename(elsewhere)
+    (sharded / FIRST).symlink_to(elsewhere)
+    check_weight_files(sharded, key="teacher.model")
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
