@@ -47,6 +47,7 @@ _POSITIVE = (
     "train.steps",
     "train.tokens",
     "train.timeout_s",
+    "train.max_skipped_steps",
     "optimizer.lr",
     "optimizer.eps",
     "optimizer.clip",

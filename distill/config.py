@@ -148,7 +148,9 @@ class Train:
     compile: bool = False
     """Run what lies between the parallel layers through torch.compile (on a CPU it needs a C++ compiler)."""
     timeout_s: float = 600.0
-    """Seconds a rank waits for another before the run is ended."""
+    """Seconds a rank waits for another, while none gets further, before the run is ended."""
+    max_skipped_steps: int = 10
+    """Steps in a row that change nothing because a loss or a gradient is not finite, at which the run is ended."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def first_rank_does(mesh: Mesh, work: Callable[[], T]) -> T:
     outcome: tuple[bool, T | str] | None = None
     if mesh.world.is_first:
         try:
-            outcome = (True, work())
+            with mesh.activity.doing("what the first rank does for all", computes=True):
+                outcome = (True, work())
         except ConfigError as error:
             outcome = (False, str(error))
     ok, value = broadcast_object(outcome, mesh.world)

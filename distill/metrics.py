@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,68 +37,13 @@ from distill.runfolder import (
     write_lines,
     write_summary,
 )
+from distill.step_metrics import StepMetrics, finite_or_none
 from parallel.background import Background
 
 CURVE_FILE = "curve.svg"
 _DRAIN_S = 5.0
 _JUDGEMENT = ("step", "round", "model")
 """What tells one line of `evaluations.jsonl` from another."""
-_NAMES = {
-    "step": "step",
-    "round": "round",
-    "tokens": "tokens",
-    "loss_total": "loss/total",
-    "loss_hard": "loss/hard",
-    "loss_soft": "loss/soft",
-    "loss_hidden": "loss/hidden",
-    "loss_temperature": "loss/temperature",
-    "loss_alpha": "loss/alpha",
-    "grad_norm": "optim/grad_norm",
-    "lr": "optim/lr",
-    "step_s": "time/step_s",
-    "tokens_per_s": "throughput/tokens_per_s",
-    "bubble_fraction": "pipeline/bubble_fraction",
-    "planned_bubble_fraction": "pipeline/planned_bubble_fraction",
-    "planned_step_s": "pipeline/planned_step_s",
-    "peak_bytes": "memory/peak_bytes",
-}
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """The numbers of one optimizer step, equal on every rank."""
-
-    step: int
-    """Optimizer steps done, this one included, over all rounds."""
-    round: int
-    """Index of the round, from 0."""
-    tokens: int
-    """Valid tokens trained on so far, this step included."""
-    loss_total: float
-    loss_hard: float
-    loss_soft: float
-    """Nats per valid token; the soft loss with its T^2."""
-    loss_hidden: float
-    """Distance of the hidden states, a mean over layers and valid tokens; 0 where it has no weight."""
-    loss_temperature: float
-    loss_alpha: float
-    """Of this step."""
-    grad_norm: float
-    """Before clipping."""
-    lr: float
-    step_s: float
-    tokens_per_s: float
-    bubble_fraction: float
-    """Measured idle share of the step over all stages."""
-    planned_bubble_fraction: float | None
-    planned_step_s: float | None
-    """What the plan in force promises in the steady state; None until the costs have been measured."""
-    peak_bytes: int
-    """Largest of all ranks."""
-
-    def named(self) -> dict[str, float | None]:
-        """Return the numbers under the names of `metrics.jsonl` and wandb; what is not finite becomes null."""
-        return {name: _finite(getattr(self, field)) for field, name in _NAMES.items()}
 
 
 class RunLog:
@@ -205,7 +149,7 @@ class RunLog:
         if self._beside is None:
             return
         line = {"step": step, "round": round, "model": model, "parameters": parameters}
-        line |= {name: _finite(value) for name, value in values.items()}
+        line |= {name: finite_or_none(value) for name, value in values.items()}
         # A run that was killed between a judgement and the next checkpoint judges the same once more.
         others = (old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT))
         self.evaluations = [*others, line]
@@ -343,8 +287,3 @@ def _shown(name: str, value: float | None) -> str:
     """Return a figure for the line on the terminal: `loss 2.68`, `animals/accuracy 0.5`."""
     short = name.removeprefix("eval/").removeprefix("choices/")
     return f"{short} -" if value is None else f"{short} {value:.4g}"
-
-
-def _finite(value: float | None) -> float | None:
-    """Return the number, or None for what JSON cannot hold."""
-    return value if value is not None and math.isfinite(value) else None

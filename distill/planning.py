@@ -3,7 +3,8 @@
 Decides: the first `pipeline.measure_steps` steps run the teacher inline and measure; the medians of each kind of action on
 each stage then make the plan (`fill`), which is equal on all ranks because all make it from the same numbers, and is
 compared by its hash. Every `pipeline.replan_every` steps the medians since then are held against those of the plan, and
-when one has moved by more than 15 % against the others the plan is made again. `inline` and `batch` need no costs; for them
+when one has moved by more than 15 % against the others the plan is made again; a rank that has become slower than the others is
+named (`distill.stragglers`). `inline` and `batch` need no costs; for them
 the numbers only predict the step. What is planned never changes what is computed.
 """
 
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from distill.config import Config
+from distill.stragglers import Stragglers
 from parallel.collectives import gather_objects
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import STEP_END, Kind, Plan, PlanError, Shape
@@ -107,12 +109,21 @@ class Planner:
         self._seen: list[Event] = []
         self._num_seen = 0
         self._measured: Seconds = {}
+        self._stragglers = Stragglers(mesh)
+        self._said: list[str] = []
 
-    def observe(self, plan: Plan, events: Sequence[Event]) -> str | None:
-        """Take note of a step that ran by `plan`; return a line for the user when there is a new plan.
+    def observe(self, plan: Plan, events: Sequence[Event], *, step: int = 0) -> list[str]:
+        """Take note of a step that ran by `plan`; return lines for the user about stages and about a new plan.
 
+        Args:
+            step: its number in the run, counted from 1, for what is said.
         Collectives: at the same steps on every rank, gathers over the world.
         """
+        self._said = []
+        planned = self._take_note(plan, events, step)
+        return self._said if planned is None else [*self._said, planned]
+
+    def _take_note(self, plan: Plan, events: Sequence[Event], step: int) -> str | None:
         self._num_seen += 1
         if plan.ahead() == plan.carried:
             self.typical = plan, list(events)
@@ -123,16 +134,17 @@ class Planner:
         if self.costs is None:
             if self._num_seen < self._config.pipeline.measure_steps:
                 return None
-            return self._adopt(self._gather())
+            return self._adopt(self._gather(step))
         every = self._config.pipeline.replan_every
         if not every or self._num_seen < every:
             return None
-        seconds = self._gather()
+        seconds = self._gather(step)
         return self._adopt(seconds) if _drifted(self._measured, seconds) and self._fills else None
 
-    def _gather(self) -> Seconds:
+    def _gather(self, step: int) -> Seconds:
         """Return the medians of all ranks, and begin anew. Collectives: a gather over the world."""
         per_rank = gather_objects(medians(self._seen), self._mesh.world)
+        self._said += self._stragglers.look(per_rank, since=step - self._num_seen + 1)
         self._seen, self._num_seen = [], 0
         together: defaultdict[tuple[Kind, int], list[float]] = defaultdict(list)
         for seconds in per_rank:

@@ -115,8 +115,12 @@ class Progress:
     """Valid tokens trained on."""
     prune_s: float = 0.0
     """Seconds that making students took."""
+    skipped: int = 0
+    """Of the steps, those that changed nothing because a number was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the latest."""
 
-    def after_step(self, *, rows: int, tokens: int) -> Progress:
+    def after_step(self, *, rows: int, tokens: int, skipped: bool = False) -> Progress:
         """Return the progress one step later."""
         return replace(
             self,
@@ -124,6 +128,8 @@ class Progress:
             round_step=self.round_step + 1,
             rows=self.rows + rows,
             tokens=self.tokens + tokens,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
         )
 
     @staticmethod

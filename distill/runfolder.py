@@ -30,6 +30,7 @@ _MADE = ("pruned", METRICS_FILE, "checkpoints", "student")
 MAY_CHANGE = (
     "train.steps",  # the learning rate's schedule is then laid over the new number
     "train.timeout_s",
+    "train.max_skipped_steps",
     "train.microbatch_size",
     "train.recompute",
     "train.compile",

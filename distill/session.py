@@ -206,10 +206,12 @@ def _shape_student(
     """
     seconds = 0.0
     if models.needs_cut:
-        seconds = prune_for(config, mesh, models, corpus, teacher)
+        with mesh.activity.doing("pruning", computes=True):
+            seconds = prune_for(config, mesh, models, corpus, teacher)
         models = with_pruned_student(config, models)
     if config.student.low_rank.is_asked:
-        models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
+        with mesh.activity.doing("factoring", computes=True):
+            models, low_rank_s = factorise_for(config, mesh, models, corpus, lineage)
         seconds += low_rank_s
     return models, seconds
 

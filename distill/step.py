@@ -23,6 +23,7 @@ from distill.data import MicroBatch, Window
 from distill.divergences import divergence_of
 from distill.hidden_loss import HiddenTerm
 from distill.losses import Head, fused_distillation_loss
+from distill.step_stats import StepStats
 from parallel.collectives import all_reduce_
 from parallel.gradients import grad_target
 from parallel.mesh import Mesh
@@ -59,28 +60,6 @@ def messages(
             dtype = next(model.parameters()).dtype
             traffic |= dict.fromkeys(kinds, Message(shape, dtype))
     return traffic
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What one step reports, equal on every rank but for `step_s`."""
-
-    hard: float
-    """Cross-entropy, nats per valid token."""
-    soft: float
-    """T^2 times the divergence, nats per valid token; 0 where alpha is 1."""
-    hidden: float
-    """Distance of the hidden states; 0 where it has no weight."""
-    total: float
-    temperature: float
-    alpha: float
-    """Of this step."""
-    grad_norm: float
-    learning_rate: float
-    num_valid_tokens: int
-    step_s: float
-    bubble_fraction: float
-    """Idle share of the step, mean over all ranks: time in which it neither computed nor stepped."""
 
 
 @dataclass
@@ -272,7 +251,9 @@ class DistillationStep:
         )
         self._now.hard += result.hard
         self._now.soft += result.soft
-        return result.grad_hidden_TD.view_as(hidden_BSD)
+        # A loss that is not finite makes its gradients so, and the norm tells every rank; others times 1 keep their bits.
+        finite = 1 + 0 * (result.hard + result.soft)
+        return result.grad_hidden_TD.mul_(finite).view_as(hidden_BSD)
 
     def _teacher_forward(self, action: Action) -> None:
         stage, microbatch, part = action.stage, action.microbatch, action.slice or 0

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from distill.companions import companions
 from distill.config import Config
@@ -24,21 +20,24 @@ from distill.evaluate import num_parameters
 from distill.health import Health, watched
 from distill.judging import gap_closed
 from distill.levels import Figures
-from distill.metrics import RunLog, StepMetrics
+from distill.metrics import RunLog
 from distill.model_checks import not_finite
-from distill.planning import Planner
 from distill.results import export_round, run_summary
 from distill.resume import bring_student, find_checkpoint, take_over
-from distill.rounds import STUDENT_FOLDER, Progress, lineage_of, round_folder, rounds_of, verdict
+from distill.rounds import STUDENT_FOLDER, lineage_of, round_folder, rounds_of, verdict
 from distill.runfolder import read_summary, write_config
 from distill.running import Running
 from distill.session import Session, open_session
-from distill.step import StepStats
+from distill.skipping import check_skipped, refuse_not_finite
+from distill.step_report import agree, step_metrics
 from distill.stop import Stop
 from distill.timeline import write_timeline
 from parallel import checkpoint
-from parallel.collectives import all_reduce_, broadcast_object
+from parallel.collectives import broadcast_object
 from parallel.mesh import Mesh
+
+COMPILING_STEPS = 3
+"""Steps in which torch.compile may compile."""
 
 
 def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
@@ -99,16 +98,17 @@ def _open(running: Running) -> Session:
     lineage = lineage_of(running.rounds, progress.round)
     # Where a round begins, the checkpoint is that of the round before, or of its own training before.
     begins = progress.round_step == 0 and progress.step > 0
-    if running.newest is not None and not begins:
-        bring_student(running.newest, settings, lineage, mesh)
-    session = open_session(
-        settings,
-        mesh,
-        lineage,
-        judging=running.config,
-        first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
-        begins=running.health.begin,
-    )
+    with mesh.activity.doing(f"{running.words}loading", computes=True):
+        if running.newest is not None and not begins:
+            bring_student(running.newest, settings, lineage, mesh)
+        session = open_session(
+            settings,
+            mesh,
+            lineage,
+            judging=running.config,
+            first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
+            begins=running.health.begin,
+        )
     running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
     if running.newest is not None:
         recut = lineage.made_in == progress.round and not progress.attempt
@@ -132,7 +132,7 @@ def _round(running: Running, session: Session) -> str:
         _judge_start(running, session)
         finished = _train(running, session, saver)
         figures = _judge_student(running, session, with_choices=True) if finished else {}
-        saver.wait()
+        _settle(mesh, saver)
     running.tell(saver)
     if not finished:
         # Not the links: what the teacher has sent ahead is still under way.
@@ -146,9 +146,11 @@ def _round(running: Running, session: Session) -> str:
         running.health.begin("exporting the student")
         target = running.folder / STUDENT_FOLDER if last else round_folder(running.folder, progress.round)
         running.sparsity = _sparsity(settings, session)
-        export_round(
-            running.log, config, settings, mesh, session, target, running.progress, sparsity=running.sparsity
-        )
+        sparsity = running.sparsity
+        with mesh.activity.doing(f"{running.words}export", computes=True):
+            export_round(
+                running.log, config, settings, mesh, session, target, running.progress, sparsity=sparsity
+            )
     session.close()
     if running.unsaved is not None:
         return "unsaved"
@@ -182,30 +184,18 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
     """Take the round's steps that are left; return whether all are done, or else saved when a stop was asked for."""
     config, settings, mesh, log = running.config, running.settings, running.mesh, running.log
     while running.progress.round_step < settings.train.steps:
-        try:
-            stats = session.step(running.progress.round_step)
-        except Exception as error:
-            error.add_note(
-                f"This was step {running.progress.step + 1} of {running.total_steps}, counted from 1."
-            )
-            raise
-        if session.sparsifier is not None:
-            session.sparsifier.advance(running.progress.round_step)
-        progress = running.progress.after_step(
-            rows=settings.train.global_batch_size, tokens=stats.num_valid_tokens
-        )
-        running.progress = progress
-        stopping, peak_bytes = _agree(mesh, running.stop)
-        log.step(_metrics(progress, stats, session.planner, peak_bytes), total_steps=running.total_steps)
-        planned = session.planner.observe(session.step.last_plan, session.step.last_events)
-        if planned is not None:
-            log.say(planned)
+        stopping = _take_step(running, session)
+        progress = running.progress
         done = progress.round_step == settings.train.steps
         if _is_due(config.evaluate.every, progress.step) and not done:
             _judge_student(running, session, with_choices=False)
-        if done or stopping or _is_due(config.checkpoint.every, progress.step):
+        # While steps change nothing the checkpoints before stay: what is wrong may be in the weights.
+        due = _is_due(config.checkpoint.every, progress.step) and not progress.skipped_in_a_row
+        if done or stopping or due:
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
+            refuse_not_finite(session.step.optimizer, mesh, progress)
+            _settle(mesh, saver)
             saver.save(progress.step, asdict(progress))
             running.health.saving()
         for failure in saver.check():
@@ -213,6 +203,41 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
         if stopping and not done:
             return False
     return True
+
+
+def _settle(mesh: Mesh, saver: checkpoint.Saver) -> None:
+    """Wait for the checkpoint under way."""
+    waiting = mesh.activity.waiting("its checkpoint", thread=checkpoint.THREAD, computes=True)
+    with mesh.activity.doing("saving"), waiting:
+        saver.wait()
+
+
+def _take_step(running: Running, session: Session) -> bool:
+    """Take a step and log it; return whether any rank was asked to stop."""
+    settings, mesh, log = running.settings, running.mesh, running.log
+    round_step = running.progress.round_step
+    name = f"{running.words}step {running.progress.step + 1}"
+    # Compilers make no marks of progress; they run where a kind of micro-batch is met first.
+    with mesh.activity.doing(name, computes=settings.train.compile and round_step < COMPILING_STEPS):
+        try:
+            stats = session.step(round_step)
+        except Exception as error:
+            error.add_note(
+                f"This was step {running.progress.step + 1} of {running.total_steps}, counted from 1."
+            )
+            raise
+        if session.sparsifier is not None:
+            session.sparsifier.advance(round_step)
+        running.progress = progress = running.progress.after_step(
+            rows=settings.train.global_batch_size, tokens=stats.num_valid_tokens, skipped=stats.skipped
+        )
+        stopping, peak_bytes = agree(mesh, running.stop)
+    log.step(step_metrics(progress, stats, session.planner, peak_bytes), total_steps=running.total_steps)
+    check_skipped(progress, settings, log, running.checkpoints)
+    plan, events = session.step.last_plan, session.step.last_events
+    for line in session.planner.observe(plan, events, step=progress.step):
+        log.say(line)
+    return stopping
 
 
 def _sparsity(settings: Config, session: Session) -> dict[str, Any] | None:
@@ -226,42 +251,6 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _agree(mesh: Mesh, stop: Stop) -> tuple[bool, int]:
-    """Return whether any rank was asked to stop, and the largest peak of memory. Collectives: one all-reduce."""
-    if mesh.device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated(mesh.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    report = torch.tensor([int(stop.requested), peak_bytes], dtype=torch.int64, device=mesh.device)
-    all_reduce_(report, mesh.world, op="max")
-    stopping, peak = report.tolist()
-    return bool(stopping), peak
-
-
-def _metrics(progress: Progress, stats: StepStats, planner: Planner, peak_bytes: int) -> StepMetrics:
-    planned = planner.planned
-    return StepMetrics(
-        step=progress.step,
-        round=progress.round,
-        tokens=progress.tokens,
-        loss_total=stats.total,
-        loss_hard=stats.hard,
-        loss_soft=stats.soft,
-        loss_hidden=stats.hidden,
-        loss_temperature=stats.temperature,
-        loss_alpha=stats.alpha,
-        grad_norm=stats.grad_norm,
-        lr=stats.learning_rate,
-        step_s=stats.step_s,
-        tokens_per_s=stats.num_valid_tokens / stats.step_s,
-        bubble_fraction=stats.bubble_fraction,
-        planned_bubble_fraction=None if planned is None else planned.bubble_fraction,
-        planned_step_s=None if planned is None else planned.step_s,
-        peak_bytes=peak_bytes,
-    )
-
-
 def _judge_start(running: Running, session: Session) -> None:
     """Judge the teacher where a run starts and the student where a round does; refuse models without finite losses."""
     progress, log = running.progress, running.log
@@ -269,7 +258,8 @@ def _judge_start(running: Running, session: Session) -> None:
     first = progress.step == 0 or not broadcast_object(bool(log.evaluations), running.mesh.world)
     if first:
         running.health.begin("judging the teacher")
-        figures, known = session.judge.teacher(session.teacher)
+        with running.mesh.activity.doing(f"{running.words}judging the teacher"):
+            figures, known = session.judge.teacher(session.teacher)
         parameters = num_parameters([session.teacher], running.mesh)
         log.evaluation(
             step=progress.step,
@@ -288,7 +278,8 @@ def _judge_student(running: Running, session: Session, *, with_choices: bool) ->
     """Judge the student against the round's teacher, and log it."""
     progress, log = running.progress, running.log
     running.health.begin("judging the student")
-    figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
+    with running.mesh.activity.doing(f"{running.words}judging the student after step {progress.step}"):
+        figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
     if progress.round_step or progress.attempt:
         # The rank that writes has the lines of the start, also when another process has judged it.
         closed = gap_closed(log.evaluations, figures["eval/loss"], round=progress.round)

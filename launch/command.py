@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from distill.checks import check_config
 from distill.config import Config, ConfigError
+from distill.failures import RunFailed
 from distill.stop import Stop
 from launch.config import compose_config, config_text, parse_command_line
-from launch.environment import USER_ERROR, World
+from launch.environment import FAILURE, USER_ERROR, World
 from launch.help import help_text
 from launch.signals import listen
 
@@ -70,6 +71,9 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
             _let_rank_0_speak()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return FAILURE
     return 0
 
 
@@ -99,7 +103,7 @@ def _run(command: Command, config: Config, world: World) -> None:
     # Imported late: torch takes seconds, and a mistake should be told before.
     from launch.ranks import joined
 
-    with joined(config, world) as mesh:
+    with joined(config, world, stop) as mesh:
         command.run(config, mesh, stop)
 
 

@@ -1,31 +1,29 @@
 """Joining the processes of a run, and ending all of them when one fails.
 
-Decides: gloo between CPUs and NCCL between GPUs; one rank tells what went wrong and the others at most one line; a
-failing rank leaves by `os._exit`, because an ordinary exit can hang in a collective that will never complete, and
-torchrun or the closed connections then end its peers. Assumes torchrun's environment when there is more than one
-process. Beside `parallel/` the only file that talks through `torch.distributed`.
+Decides: gloo between CPUs and NCCL between GPUs; the ranks watch each other from when they have met (`launch.watch`), and the
+process groups' own limits are out of the way. Assumes torchrun's environment when there is more than one process.
+Beside `parallel/` the only file that talks through `torch.distributed`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from distill.config import Config, ConfigError
-from launch.environment import FAILURE, USER_ERROR, World
-from parallel.mesh import Mesh, coordinates_of
-
-RANK_0_SPEAKS_S = 3.0
-"""How long a rank with a user's mistake waits for rank 0 to tell the same, before it tells it itself."""
+from distill.stop import Stop
+from launch.board import Board
+from launch.environment import FAILURE, World
+from launch.meeting import Absent, meet
+from launch.watch import Watch
+from parallel.activity import Activity
+from parallel.mesh import PATIENCE, Mesh, coordinates_of
 
 
 def choose_device(name: str, world: World) -> torch.device:
@@ -50,7 +48,7 @@ def choose_device(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def joined(config: Config, world: World) -> Iterator[Mesh]:
+def joined(config: Config, world: World, stop: Stop) -> Iterator[Mesh]:
     """Give the mesh of all ranks while the block runs.
 
     With several processes an exception out of the block ends the process: a `ConfigError` with exit code 2, another
@@ -58,6 +56,7 @@ def joined(config: Config, world: World) -> Iterator[Mesh]:
 
     Args:
         config: checked settings, `mesh.dp` filled in.
+        stop: holds what must be saved before the process leaves.
     Raises:
         ConfigError: `run.device` cannot be had.
     Collectives: initialises and destroys the default process group.
@@ -70,55 +69,50 @@ def joined(config: Config, world: World) -> Iterator[Mesh]:
         return
     timeout = timedelta(seconds=config.train.timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    groups_store = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups_store, rank=rank, world_size=size, timeout=timeout)
-    shape = config.mesh
-    here = coordinates_of(rank, dp=shape.dp, tp=shape.tp)
+    places = _places(config, size)
     try:
-        yield Mesh.create(pp=shape.pp, dp=shape.dp, tp=shape.tp, device=device)
+        name = meet(
+            store, places, rank=rank, timeout_s=config.train.timeout_s, stopped=lambda: stop.requested
+        )
+    except Absent as error:
+        print(
+            f"failed: {error}" if str(error) else "",
+            file=sys.stderr,
+            end="\n" if str(error) else "",
+            flush=True,
+        )
+        os._exit(FAILURE)
+    activity = Activity(asynchronous=device.type == "cuda")
+    watch = Watch(
+        Board(dist.PrefixStore(f"{name}/board", store.clone()), places, rank=rank),
+        activity,
+        timeout_s=config.train.timeout_s,
+        save_buffers=stop.save_buffers,
+    )
+    store.set_timeout(PATIENCE)
+    groups_store = dist.PrefixStore(f"{name}/groups", store)
+    try:
+        yield _connect(config, groups_store, rank, size, device, activity)
     except ConfigError as error:
-        _leave(f"error: {error}" if _tells_mistake(store, rank) else "", USER_ERROR)
+        watch.end_by_mistake(error, speaks_first=rank == 0)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
-        place = f"rank {rank} (pp {here.pp}, dp {here.dp}, tp {here.tp})"
-        if _is_there(store, "mistake"):
-            _leave("", USER_ERROR)
-        if _is_first(store, "failure"):
-            _leave(f"{place} failed:\n{traceback.format_exc()}", FAILURE)
-        _leave(f"{place} ends as well: {type(error).__name__}: {str(error).partition(chr(10))[0]}", FAILURE)
+        watch.end_by_failure(error)
+    watch.close()
     dist.destroy_process_group()
 
 
-def _tells_mistake(store: dist.Store, rank: int) -> bool:
-    """Whether this rank prints a user's mistake: rank 0 if it sees it in time, otherwise the first that does."""
-    deadline_s = time.monotonic() + RANK_0_SPEAKS_S
-    while rank != 0 and time.monotonic() < deadline_s:
-        if _is_there(store, "mistake"):
-            return False
-        time.sleep(0.05)
-    return _is_first(store, "mistake")
+def _connect(
+    config: Config, store: dist.Store, rank: int, size: int, device: torch.device, activity: Activity
+) -> Mesh:
+    """Make the process groups of all ranks."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with activity.waiting("all ranks to come", range(size)):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    shape = config.mesh
+    return Mesh.create(pp=shape.pp, dp=shape.dp, tp=shape.tp, device=device, activity=activity)
 
 
-def _is_first(store: dist.Store, key: str) -> bool:
-    """Whether no other rank asked this before; a rank that cannot reach the store counts as first."""
-    try:
-        return store.add(key, 1) == 1
-    except dist.DistError:
-        return True
-
-
-def _is_there(store: dist.Store, key: str) -> bool:
-    """Whether another rank has set the key; not, when the store cannot be reached."""
-    try:
-        return store.check([key])
-    except dist.DistError:
-        return False
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    """End this process now, whatever its threads and collectives are doing."""
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _places(config: Config, size: int) -> list[str]:
+    """Return every rank's place, as words."""
+    places = (coordinates_of(rank, dp=config.mesh.dp, tp=config.mesh.tp) for rank in range(size))
+    return [f"rank {rank} (pp {at.pp}, dp {at.dp}, tp {at.tp})" for rank, at in enumerate(places)]

@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM as requests to stop.
 
-Decides: the first signal asks the run to end after its step, a second one ends the process at once, and when the step
+Decides: the first signal asks the run to end after its step, with a checkpoint and exit code 0: it has done as it was told. Slurm
+and Kubernetes preempt by SIGTERM and start the same command again, which goes on; whether a run came to its end is `finished` in
+its summary.json. A second signal ends the process at once (128 + the signal, as a shell says it), and when the step
 takes so long that torchrun is about to kill the process, what is buffered is saved. A thread reads the signals through
 Python's wake-up descriptor, because a handler proper does not run while the main thread waits inside a collective. Must be
 installed from the main thread.

@@ -36,6 +36,8 @@ from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
 
+THREAD = "checkpoints"
+"""Name of the thread that writes."""
 _LAST_S = 60.0
 """How long a run that failed waits for its checkpoint under way."""
 _OTHER = "it belongs to another student"
@@ -91,7 +93,7 @@ class Saver:
     ) -> None:
         self._root, self._optimizer, self._mesh, self._keep = root, optimizer, mesh, keep
         self._companions = dict(companions or {})
-        self._beside = Background("checkpoints", yields=True)
+        self._beside = Background(THREAD, yields=True)
         self._untold: list[str] = []
         self.newest: Path | None = None
         """The newest checkpoint that this saver has completed; equal on all ranks after `wait`."""

@@ -18,12 +18,13 @@ one between ranks, and may be 0; padding exists only inside `all_gather`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.activity import Doing
 from parallel.mesh import Axis
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -44,9 +45,36 @@ def shard_sizes(size: int, num_shards: int) -> list[int]:
     return [stop - start for start, stop in (shard_range(size, num_shards, i) for i in range(num_shards))]
 
 
+class Pending:
+    """A collective under way."""
+
+    def __init__(self, work: dist.Work, axis: Axis) -> None:
+        self._work, self._axis = work, axis
+
+    def wait(self) -> None:
+        """Wait until the result is there."""
+        with _waiting("an all-reduce", self._axis):
+            self._work.wait()
+
+
+def _waiting(what: str, axis: Axis) -> Doing:
+    """Return the context of waiting for the other ranks of an axis."""
+    return axis.activity.waiting(_Over(what, axis.name), axis.ranks)
+
+
+class _Over(NamedTuple):
+    """The name of a collective, put together only for who reads it."""
+
+    what: str
+    axis: str
+
+    def __str__(self) -> str:
+        return f"{self.what} over {'all ranks' if self.axis == 'world' else self.axis}"
+
+
 def all_reduce_(
     tensor: Tensor, axis: Axis, *, op: Literal["sum", "max", "min"] = "sum", async_op: bool = False
-) -> dist.Work | None:
+) -> Pending | None:
     """Reduce `tensor` in place over the axis; the caller waits on the returned work when `async_op`.
 
     Raises:
@@ -57,7 +85,11 @@ def all_reduce_(
         raise ValueError("all_reduce_ on a tensor that requires grad")
     if axis.size == 1:
         return None
-    return dist.all_reduce(tensor, op=_OPS[op], group=axis.group, async_op=async_op)
+    if async_op:
+        return Pending(dist.all_reduce(tensor, op=_OPS[op], group=axis.group, async_op=True), axis)
+    with _waiting("an all-reduce", axis):
+        dist.all_reduce(tensor, op=_OPS[op], group=axis.group)
+    return None
 
 
 def all_gather(tensor: Tensor, axis: Axis, *, dim: int, sizes: list[int]) -> Tensor:
@@ -78,7 +110,8 @@ def all_gather(tensor: Tensor, axis: Axis, *, dim: int, sizes: list[int]) -> Ten
         padding = front.new_zeros((longest - front.shape[0], *front.shape[1:]))
         front = torch.cat([front, padding])
     gathered = front.new_empty((axis.size * longest, *front.shape[1:]))
-    dist.all_gather_single(gathered, front.contiguous(), group=axis.group)
+    with _waiting("an all-gather", axis):
+        dist.all_gather_single(gathered, front.contiguous(), group=axis.group)
     if min(sizes) < longest:
         parts = gathered.split(longest)
         gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
@@ -89,7 +122,8 @@ def all_gather(tensor: Tensor, axis: Axis, *, dim: int, sizes: list[int]) -> Ten
 def broadcast_(tensor: Tensor, axis: Axis, *, source: int) -> None:
     """Overwrite `tensor` with the one of index `source` on the axis. Collectives: one broadcast over `axis`."""
     if axis.size > 1:
-        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        with _waiting("a broadcast", axis):
+            dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
 def broadcast_object(value: Any, axis: Axis, *, source: int = 0) -> Any:
@@ -97,7 +131,8 @@ def broadcast_object(value: Any, axis: Axis, *, source: int = 0) -> Any:
     if axis.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=axis.ranks[source], group=axis.group)
+    with _waiting("a broadcast", axis):
+        dist.broadcast_object_list(box, src=axis.ranks[source], group=axis.group)
     return box[0]
 
 
@@ -106,14 +141,16 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with _waiting("a gather", axis):
+        dist.all_gather_object(values, value, group=axis.group)
     return values
 
 
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has come here."""
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        with _waiting("a barrier", axis):
+            dist.barrier(group=axis.group)
 
 
 class _CopyToTp(torch.autograd.Function):

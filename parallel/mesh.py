@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from parallel.activity import Activity
+
+PATIENCE = timedelta(days=30)
+"""The process groups' own limit of waiting, out of the way: whether a rank waits too long depends on what the others do, which
+a group does not see (`parallel.activity`)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Axis:
     """None when size is 1: every collective over the axis is then the identity."""
     ranks: tuple[int, ...] = (0,)
     """World ranks along the axis, by index."""
+    activity: Activity = field(default_factory=Activity, repr=False, compare=False)
+    """Where waiting over the axis is noted."""
 
     @property
     def is_first(self) -> bool:
@@ -64,6 +73,17 @@ def pipelines_of(*, pp: int, dp: int, tp: int) -> list[tuple[int, ...]]:
     ]
 
 
+def new_group(
+    ranks: Sequence[int], activity: Activity, *, backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """Make a process group; every rank makes every group, in one order.
+
+    Collectives: the members connect.
+    """
+    with activity.waiting(f"connections between ranks {', '.join(map(str, ranks))}", ranks):
+        return dist.new_group(list(ranks), timeout=PATIENCE, backend=backend)
+
+
 class _Groups:
     """Makes process groups, one for each set of ranks: axes that coincide share theirs.
 
@@ -73,23 +93,29 @@ class _Groups:
     Args:
         rank: this process.
         made: groups that are there already, by their ranks.
+        activity: of this process.
         backend: of the groups to make; None takes the default group's.
     """
 
     def __init__(
-        self, rank: int, made: dict[tuple[int, ...], dist.ProcessGroup], *, backend: str | None = None
+        self,
+        rank: int,
+        made: dict[tuple[int, ...], dist.ProcessGroup],
+        activity: Activity,
+        *,
+        backend: str | None = None,
     ) -> None:
-        self._rank, self._made, self._backend = rank, made, backend
+        self._rank, self._made, self._activity, self._backend = rank, made, activity, backend
 
     def axis(self, name: str, sets: Sequence[tuple[int, ...]]) -> Axis:
         """Return the axis over the one of `sets` that this rank is in; alone if it is in none."""
         for members in sets:
             if len(members) > 1 and members not in self._made:
-                self._made[members] = dist.new_group(list(members), backend=self._backend)
+                self._made[members] = new_group(members, self._activity, backend=self._backend)
         mine = next((members for members in sets if self._rank in members), (self._rank,))
         if len(mine) == 1:
-            return Axis(name, ranks=mine)
-        return Axis(name, size=len(mine), rank=mine.index(self._rank), group=self._made[mine], ranks=mine)
+            return Axis(name, ranks=mine, activity=self._activity)
+        return Axis(name, len(mine), mine.index(self._rank), self._made[mine], mine, self._activity)
 
 
 @dataclass(frozen=True)
@@ -118,21 +144,33 @@ class Mesh:
     """The world, for files written beside the steps: a gloo group that nothing else uses."""
     gradients: GradientAxes
     device: torch.device
+    activity: Activity = field(default_factory=Activity, repr=False, compare=False)
+    """What this process is doing; the axes' own."""
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> Mesh:
         """Return the mesh of one process; needs no `torch.distributed`."""
         names = ("pp", "dp", "tp", "model", "world", "background")
-        gradients = GradientAxes(*(Axis(name) for name in ("dp", "tp", "tie", "model")))
-        return Mesh(*(Axis(name) for name in names), gradients=gradients, device=torch.device(device))
+        activity = Activity()
+        gradients = GradientAxes(*(Axis(name, activity=activity) for name in ("dp", "tp", "tie", "model")))
+        axes = (Axis(name, activity=activity) for name in names)
+        return Mesh(*axes, gradients=gradients, device=torch.device(device), activity=activity)
 
     @staticmethod
-    def create(*, pp: int, dp: int, tp: int, device: str | torch.device = "cpu") -> Mesh:
+    def create(
+        *,
+        pp: int,
+        dp: int,
+        tp: int,
+        device: str | torch.device = "cpu",
+        activity: Activity | None = None,
+    ) -> Mesh:
         """Build the mesh of all initialised ranks.
 
         Args:
             pp, dp, tp: sizes; their product must be the world size.
             device: where this rank computes.
+            activity: where what this process does is noted; None makes one that nobody looks at.
         Raises:
             ValueError: the product is not the world size.
         Collectives: creates one group for each set of ranks that is no axis of one, a second one for the axes of
@@ -153,8 +191,9 @@ class Mesh:
                 found.setdefault(tuple(getattr(place, axis) for axis in same), []).append(other)
             return [tuple(ranks) for ranks in found.values()]
 
-        groups = _Groups(rank, {tuple(range(world_size)): dist.group.WORLD})
-        apart = _Groups(rank, {})
+        activity = activity or Activity()
+        groups = _Groups(rank, {tuple(range(world_size)): dist.group.WORLD}, activity)
+        apart = _Groups(rank, {}, activity)
         ends = [(ranks[0], ranks[-1]) for ranks in pipelines_of(pp=pp, dp=dp, tp=tp)] if pp > 1 else []
         mesh = Mesh(
             pp=groups.axis("pp", sets("dp", "tp")),
@@ -162,7 +201,7 @@ class Mesh:
             tp=groups.axis("tp", sets("pp", "dp")),
             model=groups.axis("model", sets("dp")),
             world=groups.axis("world", sets()),
-            background=_Groups(rank, {}, backend="gloo").axis("background", sets()),
+            background=_Groups(rank, {}, activity, backend="gloo").axis("background", sets()),
             gradients=GradientAxes(
                 dp=apart.axis("dp", sets("pp", "tp")),
                 tp=apart.axis("tp", sets("pp", "dp")),
@@ -170,6 +209,7 @@ class Mesh:
                 model=apart.axis("model", sets("dp")),
             ),
             device=torch.device(device),
+            activity=activity,
         )
         mesh._connect()
         return mesh
@@ -179,7 +219,8 @@ class Mesh:
         axes = self.gradients
         for axis in (axes.dp, axes.tp, axes.tie, axes.model):
             if axis.size > 1:
-                dist.all_reduce(torch.zeros(1, device=self.device), group=axis.group)
+                with self.activity.waiting(f"connections over {axis.name}", axis.ranks):
+                    dist.all_reduce(torch.zeros(1, device=self.device), group=axis.group)
 
     @property
     def pipelines(self) -> list[tuple[int, ...]]:

@@ -38,10 +38,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's names of the running means of the gradient and of its square."""
 
 
-class NonFiniteGradient(RuntimeError):
-    """The global gradient norm is NaN or infinite; every rank raises it in the same step."""
-
-
 @dataclass(frozen=True)
 class LearningRate:
     """Learning rate by step: linear warm-up, then constant, linear or cosine decay to `min_ratio * peak`."""
@@ -248,15 +244,15 @@ class StageOptimizer:
     def step(self, step: int, norm: Tensor) -> float:
         """Clip to the global norm and update the masters; return the learning rate used.
 
+        With a norm that is NaN or infinite, which it is on every rank alike, nothing changes.
+
         Args:
             step: optimizer step, from 0.
             norm: what `norm()` returned.
-        Raises:
-            NonFiniteGradient: NaN or infinity, on every rank alike.
         """
         value = norm.item()
         if not math.isfinite(value):
-            raise NonFiniteGradient(f"the gradient norm of step {step + 1} is {value}")
+            return self.learning_rate.at(step)
         if self.options.clip and value > self.options.clip:
             self.flat_grad.mul_(self.options.clip / (value + 1e-6))
         rate = self.learning_rate.at(step)

@@ -24,6 +24,7 @@ from parallel.pipeline.simulate import Event
 
 Handler = Callable[[Action], None]
 T = TypeVar("T")
+_REDUCTIONS = "reductions"
 _BESIDE = frozenset({Kind.REDUCE, Kind.NORM})
 _Done = tuple[Action, Any, Any]
 """An action and the marks of its start and its end."""
@@ -59,7 +60,7 @@ class Executor:
     def __init__(self, handlers: Mapping[Kind, Handler], links: Links, *, rank: int, place: str) -> None:
         self._handlers = {**links.handlers(), **handlers}
         self._links, self._rank, self._place = links, rank, place
-        self._background = Background("reductions")
+        self._background = Background(_REDUCTIONS)
         self._lanes = lanes_of(links.mesh.device)
         self._prepared: tuple[Plan | None, _Prepared] = None, ([], {}, Counter())
 
@@ -91,10 +92,10 @@ class Executor:
                 beside.append(self.beside(partial(self._do, entry, its_number)))
                 continue
             if kind is Kind.STEP:
-                done += [future.result() for future in beside]
+                done += self._results(beside)
                 beside.clear()
             done.append(self._do(entry, its_number))
-        done += [future.result() for future in beside]
+        done += self._results(beside)
         if not plan.ahead():
             self._links.finish()
         self._lanes.end()
@@ -115,6 +116,10 @@ class Executor:
                 return work()
 
         return self._background.submit(run)
+
+    def _results(self, beside: list[Future[_Done]]) -> list[_Done]:
+        with self._links.mesh.activity.waiting("its reductions", thread=_REDUCTIONS):
+            return [future.result() for future in beside]
 
     def close(self) -> None:
         """End the background thread."""
@@ -142,7 +147,7 @@ class Executor:
 
     def _do(self, entry: _Entry, its_number: Action) -> _Done:
         action, handler, lane, needs = entry
-        with self._lanes.on(lane):
+        with self._lanes.on(lane), self._links.mesh.activity.doing(action):
             self._lanes.wait_for(lane, needs)
             start = self._lanes.mark()
             try:

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,13 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.background import Background
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, new_group
 from parallel.pipeline.buffers import BufferPool
 from parallel.pipeline.p2p import Message
-
-_PATIENCE = timedelta(days=30)
-"""How long a send may wait for its receiver, who may be judging a model before the step that takes it; the group's own limit
-is for who waits for a message."""
 
 
 class Route(NamedTuple):
@@ -77,7 +71,7 @@ class _Outgoing:
                 self._settle_one()
         else:
             # A gloo send says that it is complete only to who waits for it.
-            self.waiter.give(partial(self._settle_one, _PATIENCE))
+            self.waiter.give(self._settle_one)
 
     def finish(self) -> None:
         """Wait until all that was sent has been received, and let the thread end."""
@@ -86,9 +80,9 @@ class _Outgoing:
             self._settle_one()
         self.waiter.close()
 
-    def _settle_one(self, *timeout: timedelta) -> None:
-        # Raises what went wrong.
-        self.under_way[0][0].wait(*timeout)
+    def _settle_one(self) -> None:
+        # Raises what went wrong. Its receiver may be judging a model before the step that takes it.
+        self.under_way[0][0].wait()
         self.under_way.popleft()
 
 
@@ -98,6 +92,8 @@ class _Incoming:
 
     group: dist.ProcessGroup
     peer: int
+    source: int
+    """World rank of the peer."""
     names: tuple[int, ...]
     awaited: deque[tuple[int, int]] = field(default_factory=deque)
     posted: deque[tuple[tuple[int, int], Tensor, dist.Work]] = field(default_factory=deque)
@@ -164,7 +160,8 @@ class Handover:
             assert source != self.mesh.pp.rank, f"nothing was made for {name} of micro-batch {microbatch}"
             channel = self._incoming[source]
             arrived, buffer, work = channel.posted.popleft()
-            work.wait()
+            with self.mesh.activity.waiting(f"hidden states from stage {source}", (channel.source,)):
+                work.wait()
             self._here[arrived] = buffer
             self._post(channel)
         tensor = self._here.pop(key)
@@ -189,8 +186,9 @@ class Handover:
     def close(self) -> None:
         """Let go of the process groups; nothing may wait here. Collectives: none."""
         assert self.is_settled and not self._here, "tensors wait in a handover that is closed"
-        for channel in self._outgoing.values():
-            channel.finish()
+        for target, channel in self._outgoing.items():
+            with self.mesh.activity.waiting(f"stage {target} to take its hidden states"):
+                channel.finish()
         for channel in (*self._outgoing.values(), *self._incoming.values()):
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
@@ -202,21 +200,24 @@ class Handover:
             for pair in pairs:
                 source, target = (ranks[index] for index in pair)
                 # Made on every rank, members or not: see parallel.mesh.
-                group = dist.new_group(sorted((source, target)))
+                group = new_group(sorted((source, target)), self.mesh.activity)
                 names = tuple(route.name for route in routes if (route.source, route.target) == pair)
                 if here == source:
                     peer = dist.get_group_rank(group, target)
                     waiter = Background(f"handover to {target}")
                     self._outgoing[pair[1]] = _Outgoing(group, peer, names, waiter)
                 if here == target:
-                    self._incoming[pair[0]] = _Incoming(group, dist.get_group_rank(group, source), names)
+                    self._incoming[pair[0]] = _Incoming(
+                        group, dist.get_group_rank(group, source), source, names
+                    )
 
     def _warm_up(self) -> None:
         """Send one element over every channel, so that no connection is made inside a step."""
         element = torch.zeros(1, device=self.mesh.device)
         sends = [channel.group.send([element], channel.peer, 0) for channel in self._outgoing.values()]
         for channel in self._incoming.values():
-            channel.group.recv([torch.empty_like(element)], channel.peer, 0).wait()
+            with self.mesh.activity.waiting("a connection", (channel.source,)):
+                channel.group.recv([torch.empty_like(element)], channel.peer, 0).wait()
         for work in sends:
             work.wait()
 

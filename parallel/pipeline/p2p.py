@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.activity import Doing
 from parallel.collectives import all_reduce_
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, new_group
 from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Action, Kind
 from parallel.pipeline.buffers import BufferPool
 
@@ -47,9 +48,11 @@ class _Outgoing:
 
     Args:
         peer: the other rank's number in the group.
+        target: its world rank.
     """
 
     peer: int
+    target: int
     group: dist.ProcessGroup
     under_way: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
     num_settled: int = 0
@@ -90,6 +93,8 @@ class _Incoming:
     """The receiving end of a directed edge for one kind of traffic; `peer` is the other rank's number in the group."""
 
     peer: int
+    source: int
+    """World rank of the peer."""
     group: dist.ProcessGroup
     awaited: deque[Action] = field(default_factory=deque)
     posted: deque[tuple[Action, Tensor, dist.Work]] = field(default_factory=deque)
@@ -145,8 +150,7 @@ class Links:
     def close(self) -> None:
         """Let go of the process groups; nothing may be under way. Collectives: none."""
         assert self.is_empty, "tensors wait in links that are closed"
-        for channel in self._outgoing.values():
-            channel.finish()
+        self.finish()
         for channel in (*self._outgoing.values(), *self._incoming.values()):
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
@@ -161,21 +165,26 @@ class Links:
                     edge = (upper, (upper + 1) % size)[:: _HOP[kind]]
                     source, target = (ranks[index] for index in edge)
                     # Made on every rank, members or not: see parallel.mesh.
-                    group = dist.new_group(sorted((source, target)))
+                    group = new_group(sorted((source, target)), self.mesh.activity)
                     if here == source:
                         peer = dist.get_group_rank(group, target)
-                        self._outgoing[kind] = _Outgoing(peer, group)
+                        self._outgoing[kind] = _Outgoing(peer, target, group)
                     if here == target:
-                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), group)
+                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), source, group)
 
     def _warm_up(self) -> None:
         """Send one element over every channel, so that no connection is made inside a step."""
         element = torch.zeros(1, device=self.mesh.device)
         sends = [channel.start(element) for channel in self._outgoing.values()]
         for channel in self._incoming.values():
-            channel.start(torch.empty_like(element)).wait()
+            with self._waiting("a connection", channel):
+                channel.start(torch.empty_like(element)).wait()
         for work in sends:
             work.wait()
+
+    def _waiting(self, what: str, channel: _Incoming) -> Doing:
+        """Return the context of waiting for a channel's other end."""
+        return self.mesh.activity.waiting(what, (channel.source,))
 
     def measure_latency(self, repeats: int = 9) -> float:
         """Return the seconds that a message takes to the next rank, where its receive is already posted.
@@ -186,9 +195,10 @@ class Links:
         """
         if not {Kind.F, Kind.B} <= self.messages.keys() or self.mesh.pp.size == 1:
             return 0.0
-        if not self.mesh.pp.is_first:
-            self._answer(repeats)
-        trips_s = [] if self.mesh.pp.is_last else self._ask(repeats)
+        with self.mesh.activity.waiting("messages that are timed", self.mesh.pp.ranks):
+            if not self.mesh.pp.is_first:
+                self._answer(repeats)
+            trips_s = [] if self.mesh.pp.is_last else self._ask(repeats)
         latency_s = statistics.median(trips_s) / 2 if trips_s else 0.0
         slowest = torch.tensor(latency_s, dtype=torch.float64, device=self.mesh.device)
         all_reduce_(slowest, self.mesh.world, op="max")
@@ -289,9 +299,11 @@ class Links:
 
     def _receive(self, action: Action) -> None:
         kind = TRAFFIC_OF[action.kind]
-        expected, buffer, work = self._incoming[kind].posted.popleft()
+        channel = self._incoming[kind]
+        expected, buffer, work = channel.posted.popleft()
         assert expected == action, f"{action}: {expected} is next on the channel"
-        work.wait()
+        with self._waiting(f"a message from stage {action.stage - _HOP[kind]}", channel):
+            work.wait()
         self._post(kind)
         self._inbox[kind, action.stage, action.microbatch] = buffer
         for sent, count in self._told.get(action, {}).items():
@@ -316,4 +328,5 @@ class Links:
     def finish(self) -> None:
         """Wait until all that was sent has been received; after a plan that leaves nothing under way."""
         for channel in self._outgoing.values():
-            channel.finish()
+            with self.mesh.activity.waiting("its messages to be taken", (channel.target,)):
+                channel.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def test_two_stages_stopped_with_the_teacher_ahead_go_on_like_one_rank(
     first.until("step  6/")
     first.ctrl_c()
     done = first.end()
-    assert done.code == 128 + signal.SIGINT and "Traceback" not in done.err, done.err
+    assert done.code == 0 and "Traceback" not in done.err, done.err
     assert "plan: the teacher's next batch fills" in done.out
     assert 6 <= len(metrics(tmp_path / "two")) < 40, "the signal came too late to show anything"
     again = start("launch.distill", arguments, num_ranks=2).end(timeout_s=200)

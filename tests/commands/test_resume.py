@@ -94,7 +94,7 @@ def test_ctrl_c_with_two_stages(inputs: Inputs, long: Path, tmp_path: Path) -> N
     first.until("step  3/")
     first.ctrl_c()
     done = first.end()
-    assert done.code == 128 + signal.SIGINT and "Traceback" not in done.err, done.err
+    assert done.code == 0 and "Traceback" not in done.err, done.err
     assert "stopping after the step under way; Ctrl-C again ends at once" in done.err
     step = stopped_after(done, tmp_path / "run")
     assert 3 <= step < MANY, "the signal came too late to show anything"
@@ -114,7 +114,7 @@ def test_sigterm_to_the_launcher(inputs: Inputs, long: Path, tmp_path: Path) -> 
     run.until("step  3/")
     run.process.send_signal(signal.SIGTERM)
     done = run.end()
-    assert done.code == 128 + signal.SIGTERM and "Traceback" not in done.err, done.err
+    assert done.code == 0 and "Traceback" not in done.err, done.err
     assert 3 <= stopped_after(done, tmp_path) < MANY
     assert call(distill.COMMAND, arguments).code == 0
     assert_same_run(tmp_path, long)
@@ -325,6 +325,6 @@ def test_stopped_layouts_end_bit_for_bit_as_uninterrupted(
     run = start("launch.distill", arguments, num_ranks=2)
     run.until("step  7/")
     run.process.send_signal(signal.SIGTERM)
-    assert run.end().code == 128 + signal.SIGTERM
+    assert run.end().code == 0
     assert start("launch.distill", arguments, num_ranks=2).end().code == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole")

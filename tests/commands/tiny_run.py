@@ -42,6 +42,7 @@ CONTRACT_NAMES = (
     "loss/alpha",
     "optim/grad_norm",
     "optim/lr",
+    "optim/skipped_steps",
     "time/step_s",
     "throughput/tokens_per_s",
     "pipeline/bubble_fraction",

@@ -18,6 +18,7 @@ from tests.distill.test_line_file import full_at
 CONTRACT = [
     *("step", "round", "tokens", "loss/total", "loss/hard", "loss/soft"),
     *("loss/hidden", "loss/temperature", "loss/alpha", "optim/grad_norm", "optim/lr"),
+    "optim/skipped_steps",
     *("time/step_s", "throughput/tokens_per_s", "pipeline/bubble_fraction"),
     *("pipeline/planned_bubble_fraction", "pipeline/planned_step_s", "memory/peak_bytes"),
 ]
@@ -41,6 +42,7 @@ def numbers(step: int, loss: float = 3.0) -> StepMetrics:
         loss_alpha=0.25,
         grad_norm=1.5,
         lr=1e-4,
+        skipped_steps=3,
         step_s=2.0,
         tokens_per_s=50.0,
         bubble_fraction=0.25,

@@ -66,12 +66,12 @@ def test_a_plan_is_made_after_the_measuring_steps_and_enters_by_its_prologue() -
         assert plan.teacher == ("inline" if step < 3 else "fill")
         # The first step warms up: what it took must not count.
         said.append(planner.observe(plan, _events(plan, COSTS, factor=50.0 if step == 0 else 1.0)))
-    assert [line is not None for line in said] == [False, False, True, False, False]
+    assert [len(lines) for lines in said] == [0, 0, 1, 0, 0]
     assert planner.costs.forward == pytest.approx([0.1, 0.1])
     assert planner.costs.backward_input == pytest.approx([0.1, 0.14]) and planner.costs.latency == 0.002
     inline = simulate(make_step_plan(_config(), teacher="inline", num_slices=2), COSTS, num_steps=6)
     assert planner.planned.step_s < inline.step_s
-    assert f"{planner.planned.step_s:.3g} s a step instead of {inline.step_s:.3g} s" in said[2]
+    assert f"{planner.planned.step_s:.3g} s a step instead of {inline.step_s:.3g} s" in said[2][0]
     assert planner.typical[0].teacher == "fill", "what is drawn is a step of the steady state"
 
 
@@ -99,7 +99,7 @@ def test_ways_without_look_ahead_are_predicted_only(teacher: str) -> None:
     first = planner.course.plan
     for step in range(12):
         ((plan, _),) = planner.course.of(step)
-        assert planner.observe(plan, _events(plan, COSTS)) is None
+        assert planner.observe(plan, _events(plan, COSTS)) == []
     assert planner.course.plan is first and first.teacher == teacher
     assert planner.planned.step_s == pytest.approx(simulate(first, COSTS, num_steps=6).step_s, rel=1e-3)
 
@@ -109,6 +109,35 @@ def test_one_rank_has_nothing_to_fill_and_a_hard_loss_no_teacher() -> None:
     assert Planner(alone, Mesh.single(), num_slices=1).course.plan.teacher == "inline"
     hard = replace(_config(), loss=replace(Config().loss, alpha=1.0))
     assert Planner(hard, _alone(), num_slices=1).course.plan.teacher == "none"
+
+
+def _with_a_straggler() -> list[str]:
+    """The last stage becomes three times as slow, and recovers."""
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    planner = Planner(_config(teacher="inline"), mesh, num_slices=2)
+    slow = replace(
+        COSTS, forward=[0.1, 0.3], backward_input=[0.1, 0.42], backward_weight=[0.1, 0.3], teacher_slice=0.1
+    )
+    said = []
+    for step in range(1, 20):
+        ((plan, _),) = planner.course.of(step - 1)
+        events = _events(plan, slow if 8 <= step < 14 else COSTS)
+        mine = [event for event in events if event.rank == mesh.pp.rank]
+        said += [f"{step}: {line}" for line in planner.observe(plan, mine, step=step)]
+    return said
+
+
+def test_a_stage_that_becomes_slow_is_named_once_and_when_it_is_over() -> None:
+    assert (
+        run_distributed(2, _with_a_straggler)
+        == [
+            [
+                "11: stage 1 (rank 1) takes 2.9 times its planned time since step 8",
+                "19: stage 1 (rank 1) is as planned again since step 16; it was slow from step 8 on",
+            ]
+        ]
+        * 2
+    )
 
 
 def _plan_together(disagree: bool) -> str:

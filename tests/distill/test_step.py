@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+import distill.step as step_module
 from distill.annealing import Ramp, Stages
 from distill.config import Loss
 from distill.data import IGNORE
-from distill.step import head_of, messages
+from distill.step import DistillationStep, head_of, messages
 from parallel.mesh import Axis, Mesh
-from parallel.model import build_stage
+from parallel.model import StageModel, build_stage
 from parallel.pipeline.actions import Kind
 from parallel.pipeline.executor import ActionFailed
 from parallel.pipeline.p2p import Message
@@ -233,3 +237,68 @@ def test_the_head_carries_the_familys_logits_transform() -> None:
         head = head_of(stage)
         assert (head.scale, head.softcap, head.vocab_size) == (scale, softcap, 97)
         assert head.weight_VD is stage.head.weight and head.weight_VD.shape == (48, 32)
+
+
+def _spoil(
+    step: DistillationStep, loss: Callable, steps: set[int], student: StageModel, microbatch: int
+) -> torch.Tensor:
+    """Put a NaN into the teacher's output before the loss looks at it."""
+    if step._now.step in steps:
+        step._signals[microbatch].view(-1)[0] = torch.nan
+    return loss(student, microbatch)
+
+
+def _with_nan(cases: list[Case], folders: dict[str, str], spoilt: set[int]) -> list[dict]:
+    """Train with a teacher that is NaN on the last replica in some steps."""
+    results = []
+    for case in cases:
+        mesh = mesh_of(case)
+        step = make_step(case, folders, mesh)
+        if mesh.dp.is_last:
+            step._loss = partial(_spoil, step, step._loss, spoilt)
+        states, stats = [state_of(step)], []
+        for index in range(3):
+            stats.append(step(index))
+            states.append(state_of(step))
+        results.append(
+            {
+                "skipped": [each.skipped for each in stats],
+                "rates": [each.learning_rate for each in stats],
+                "updates": step.optimizer.num_updates,
+                "same": [
+                    all(torch.equal(now[name], before[name]) for name in now)
+                    for before, now in pairwise(states)
+                ],
+                "finite": all(bool(value.isfinite().all()) for value in states[-1].values()),
+            }
+        )
+    return results
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(folders: dict[str, str]) -> None:
+    expected = {
+        "skipped": [False, True, False],
+        "rates": [RATE.at(index) for index in range(3)],
+        "updates": 2,
+        "same": [False, True, False],
+        "finite": True,
+    }
+    assert _with_nan([SINGLE], folders, {1}) == [expected]
+    for rank in run_distributed(2, _with_nan, LAYOUTS, folders, {1}):
+        assert rank == [expected] * len(LAYOUTS)
+
+
+def test_a_loss_that_is_infinite_skips_the_step_though_gradients_are_finite(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = step_module.fused_distillation_loss
+
+    def infinite(*given: object, **named: object) -> object:
+        result = original(*given, **named)
+        return replace(result, hard=result.hard + torch.inf)
+
+    step = make_step(SINGLE, folders, Mesh.single())
+    before = state_of(step)
+    monkeypatch.setattr(step_module, "fused_distillation_loss", infinite)
+    assert step(0).skipped
+    assert all(torch.equal(value, before[name]) for name, value in state_of(step).items())

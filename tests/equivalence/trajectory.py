@@ -21,7 +21,8 @@ from distill.costs import Split
 from distill.data import IGNORE, MicroBatch
 from distill.hidden_loss import HiddenTerm
 from distill.hidden_map import Pair, first_projection, layer_pairs
-from distill.step import DistillationStep, StepStats, messages
+from distill.step import DistillationStep, messages
+from distill.step_stats import StepStats
 from parallel.checkpoint import Saver
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage, split_layers

@@ -1,7 +1,7 @@
 """The command `launch.distill` with a stand-in for the training: `torchrun tests/launch/fake_distill.py HOW [ARGUMENTS]`.
 
-HOW says what the stand-in does: `steps` (a short loop that stops when asked), `mistake` and `crash` (rank 1 alone, while the
-others wait in a collective), `mistakes` (every rank).
+HOW says what the stand-in does: `steps` (a short loop that stops when asked), `mistake`, `crash` and `hang` (rank 1 alone, while
+the others wait in a collective), `mistakes` (every rank).
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def fake_run(how: str, config: Config, mesh: Any, stop: Stop) -> dict[str, Any]:
         raise ConfigError("data.path=empty.txt holds no text; use another one")
     if how == "crash" and mesh.world.rank == 1:
         raise RuntimeError("the disk is on fire")
-    if how in ("mistake", "crash"):
+    if how == "hang" and mesh.world.rank == 1:
+        with mesh.activity.doing("the long sleep"):
+            time.sleep(3600)
+    if how in ("mistake", "crash", "hang"):
         all_reduce_(torch.ones(1), mesh.world)
     with RunLog(config, writes=mesh.world.rank == 0) as log:
         stop.call_before_kill(log.save_buffers)
@@ -49,6 +52,7 @@ def fake_run(how: str, config: Config, mesh: Any, stop: Stop) -> dict[str, Any]:
                 loss_alpha=0.3,
                 grad_norm=1.0,
                 lr=1e-4,
+                skipped_steps=0,
                 step_s=0.05,
                 tokens_per_s=2000.0,
                 bubble_fraction=0.1,

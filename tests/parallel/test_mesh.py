@@ -157,7 +157,7 @@ def test_a_mesh_of_another_size_than_the_world_is_refused() -> None:
 def test_one_process_needs_no_group() -> None:
     assert not dist.is_initialized()
     mesh = Mesh.single()
-    assert [field.name for field in fields(mesh)] == [*AXES, "gradients", "device"]
+    assert [field.name for field in fields(mesh)] == [*AXES, "gradients", "device", "activity"]
     assert [field.name for field in fields(mesh.gradients)] == list(GRADIENTS)
     axes = list(_axes(mesh).values())
     assert [axis.name for axis in axes] == [*AXES, *GRADIENTS]

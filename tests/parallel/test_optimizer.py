@@ -17,7 +17,7 @@ from parallel import buckets
 from parallel.background import Background
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
-from parallel.optimizer import AdamWOptions, LearningRate, NonFiniteGradient, StageOptimizer
+from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
 from parallel.pipeline.stage import TrainStage
 from parallel.weights import gather_tensor, load_weights
 from tests.families import save_tiny, tiny_config, tiny_model
@@ -137,15 +137,25 @@ def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path)
         assert bool(views["mask"].any()) == (entry.name in held)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float, tmp_path: Path) -> None:
     _, stage = _stage(tmp_path, torch.float32)
     optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OPTIONS, RATE)
-    optimizer.flat_grad[3] = float("nan")
-    before = optimizer.master.clone()
-    optimizer.reduce(0)
-    with pytest.raises(NonFiniteGradient, match="step 8"):
-        optimizer.step(7, optimizer.norm())
-    assert torch.equal(optimizer.master, before)
+
+    def step(number: int, gradient: float) -> list[torch.Tensor]:
+        optimizer.zero_grad()
+        optimizer.flat_grad[3] = gradient
+        optimizer.reduce(0)
+        assert optimizer.step(number, optimizer.norm()) == RATE.at(number)
+        optimizer.gather()
+        return [view.clone() for _, views in optimizer.state() for view in views.values()]
+
+    before = step(6, 0.5)
+    assert optimizer.num_updates == 1
+    for left, right in zip(step(7, value), before, strict=True):
+        assert torch.equal(left, right)
+    assert optimizer.num_updates == 1
+    assert not all(map(torch.equal, step(8, 0.5), before)) and optimizer.num_updates == 2
 
 
 # Each in two micro-batches; 4 stages are two on each of two ranks.

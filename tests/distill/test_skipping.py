@@ -1,0 +1,76 @@
+"""Steps that are skipped: when they are told, when they end the run, and what may not be saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.config import Config
+from distill.failures import RunFailed
+from distill.rounds import Progress
+from distill.skipping import check_skipped, refuse_not_finite
+from parallel.mesh import Mesh
+from parallel.model import build_stage
+from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from tests.families import tiny_config
+
+CONFIG = replace(Config(), train=replace(Config().train, max_skipped_steps=3))
+
+
+class Said:
+    """A log that remembers what it is to say."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def _steps(skipped: list[bool]) -> Progress:
+    progress = Progress()
+    for each in skipped:
+        progress = progress.after_step(rows=4, tokens=100, skipped=each)
+    return progress
+
+
+def test_skipped_steps_are_counted_and_data_goes_on() -> None:
+    progress = _steps([False, True, True, False, True])
+    assert (progress.skipped, progress.skipped_in_a_row) == (3, 1)
+    assert (progress.step, progress.rows, progress.tokens) == (5, 20, 500)
+
+
+def test_each_is_told_and_a_sound_one_ends_the_row(tmp_path: Path) -> None:
+    log = Said()
+    for skipped in ([True], [True, True], [True, True, False], [True, True, False, True]):
+        check_skipped(_steps(skipped), CONFIG, log, tmp_path)
+    assert [line[:6] for line in log.lines] == ["step 1", "step 2", "step 4"]
+    assert "(2 in a row, train.max_skipped_steps=3)" in log.lines[1] and "(1 in a row" in log.lines[2]
+
+
+@pytest.mark.parametrize(
+    ("saved", "kept"), [((), "there is no checkpoint yet"), ((2, 4), "the checkpoint of step 4 is kept")]
+)
+def test_too_many_in_a_row_end_the_run(saved: tuple[int, ...], kept: str, tmp_path: Path) -> None:
+    for step in saved:
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    with pytest.raises(RunFailed, match=f"3 steps in a row up to step 4 .* {kept}"):
+        check_skipped(_steps([False, True, True, True]), CONFIG, Said(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weight", "exp_avg", "exp_avg_sq"])
+def test_what_is_not_finite_is_not_saved(name: str) -> None:
+    stage = build_stage(tiny_config("llama"), pp=Mesh.single().pp, tp=Mesh.single().tp, dtype=torch.float32)
+    for parameter in stage.parameters():
+        torch.nn.init.ones_(parameter)
+    rate = LearningRate(peak=1e-3, warmup_steps=0, total_steps=2)
+    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), rate)
+    refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))
+    _, views = optimizer.state()[-1]
+    views[name].view(-1)[-1] = float("inf")
+    with pytest.raises(RunFailed, match="not finite after step 7"):
+        refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))
