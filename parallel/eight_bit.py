@@ -95,10 +95,10 @@ class EightBitUpdater:
         second = EightBitStore(numel, signed=False, device=device)
         self.stores: dict[str, Store] = {"exp_avg": first, "exp_avg_sq": second}
         self.num_updates = 0
-        self._optimizer = bitsandbytes.optim.AdamW8bit(
+        self.optimizer = bitsandbytes.optim.AdamW8bit(
             groups_of(ranges, options.weight_decay), lr=0.0, betas=options.betas, eps=options.eps
         )
-        self._states = [self._optimizer.state[each.parameter] for each in ranges]
+        self._states = [self.optimizer.state[each.parameter] for each in ranges]
         for state, each in zip(self._states, ranges, strict=True):
             blocks = _blocks(each.place)
             state["step"] = 0
@@ -107,12 +107,10 @@ class EightBitUpdater:
                 state[f"absmax{number}"] = store.scales[blocks]
                 state[f"qmap{number}"] = store.book
 
-    def step(self, rate: float) -> None:
-        """Update the ranges by their gradients."""
-        for group in self._optimizer.param_groups:
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
-        self.num_updates += 1
 
     def set_updates(self, count: int) -> None:
         """Tell the rule how many updates its state has seen."""

@@ -7,12 +7,12 @@ lose the small ones. `parallel.buckets` says where each lies; who updates them i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from parallel.buckets import Bucket, Chunk
+from parallel.buckets import Bucket, Chunk, Slot
 from parallel.gradients import main_dtype
 
 
@@ -38,13 +38,14 @@ class FlatBuffers:
             slot.view(self.flat).copy_(slot.entry.parameter)
             slot.entry.parameter.main_grad = slot.view(self.flat_grad)
             slot.entry.parameter.register_post_accumulate_grad_hook(_move_grad)
-        self.point_to(self.flat)
+            slot.entry.parameter.data = slot.view(self.flat)
 
-    def point_to(self, flat: Tensor) -> None:
-        """Make the parameters views into `flat`, which holds the same values."""
-        self.flat = flat
+    def move(self, place: Callable[[Slot], Tensor]) -> None:
+        """Make each parameter a view of other memory that has its values, 1-D, and let go of `flat`."""
         for slot in self.slots:
-            slot.entry.parameter.data = slot.view(flat)
+            parameter = slot.entry.parameter
+            parameter.data = place(slot).view(parameter.shape)
+        self.flat = self.flat.new_empty(0)
 
 
 def _move_grad(parameter: nn.Parameter) -> None:

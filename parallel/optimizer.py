@@ -69,11 +69,13 @@ class Engine(Protocol):
     reduces_early: bool
     num_updates: int
     stores: dict[str, Store]
+    state_bytes: int
 
     def reduce(self, bucket: Bucket) -> None: ...
     def norm(self, mask: Tensor | None) -> Tensor: ...
     def update(self, rate: float, clip_factor: float) -> None: ...
     def gather(self) -> None: ...
+    def refresh(self) -> None: ...
     def set_updates(self, count: int) -> None: ...
     def parts(self, slot: Slot) -> dict[str, Part]: ...
     def share(self, slot: Slot, index: int) -> Iterator[tuple[int, int]]: ...
@@ -147,7 +149,7 @@ class StageOptimizer:
     @property
     def state_bytes(self) -> int:
         """Bytes of the masters and the state that this rank holds beside parameters and gradients."""
-        return sum(store.nbytes for store in self._engine.stores.values())
+        return self._engine.state_bytes
 
     def buckets(self, chunk: int) -> tuple[Bucket, ...]:
         """Return the chunk's buckets that may be reduced early, in the order in which a backward completes them."""
@@ -282,15 +284,14 @@ class StageOptimizer:
     @torch.no_grad()
     def reset_moments(self) -> None:
         """Begin as if nothing had been updated yet. Collectives: as `gather`."""
-        for kind, store in self._engine.stores.items():
-            if kind != "weight":
-                store.zero_()
+        for store in self._engine.stores.values():
+            store.zero_()
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
         """Tell the rule how many updates the restored state has seen; refresh the parameters. Collectives: as `gather`."""
         self._engine.set_updates(count)
-        self.gather()
+        self._engine.refresh()
 
 
 def _make_engine(buffers: FlatBuffers, mesh: Mesh, options: OptimizerOptions) -> Engine:

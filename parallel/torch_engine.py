@@ -108,7 +108,9 @@ class TorchEngine:
         if clip_factor != 1:
             for part, _ in self._owned.pieces():
                 self._buffers.flat_grad[part].mul_(clip_factor)
-        self._updater.step(rate)
+        self._updater.set_rate(rate)
+        self._updater.optimizer.step()
+        self._updater.num_updates += 1
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -121,6 +123,9 @@ class TorchEngine:
             buckets = self._buffers.buckets
             gather_from_owners_([flat[bucket.start : bucket.stop] for bucket in buckets], self._axes.dp)
 
+    refresh = gather
+    """After masters were restored."""
+
     @property
     def num_updates(self) -> int:
         """Updates that the state has seen."""
@@ -132,17 +137,23 @@ class TorchEngine:
 
     @property
     def stores(self) -> dict[str, Store]:
-        """This rank's masters (where they are apart) and state, by kind."""
-        masters = {} if self._master is None else {"weight": PlainStore(self._master)}
-        return {**masters, **self._updater.stores}
+        """This rank's state, by kind."""
+        return self._updater.stores
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the masters, where they are not the parameters, and of the state."""
+        masters = 0 if self._master is None else self._master.nbytes
+        return masters + sum(store.nbytes for store in self.stores.values())
 
     def parts(self, slot: Slot) -> dict[str, Part]:
         """Return what this rank has of a parameter's master (`weight`) and state, by kind; nothing if it owns none of it."""
         found: dict[str, Part] = {}
         for part, place in self._owned.inside(slot.start, slot.stop):
             ends = part.start - slot.start, part.stop - slot.start
-            if self._master is None:
-                found["weight"] = Part(*ends, PlainStore(self._buffers.flat), part.start)
+            own = self._master is not None
+            flat, at = (self._master, place) if own else (self._buffers.flat, part)
+            found["weight"] = Part(*ends, PlainStore(flat), at.start)
             for kind, store in self.stores.items():
                 found[kind] = Part(*ends, store, place.start)
         return found

@@ -113,8 +113,11 @@ class Updater(Protocol):
     num_updates: int
     """That the state has seen."""
 
-    def step(self, rate: float) -> None:
-        """Update the ranges by their gradients."""
+    optimizer: torch.optim.Optimizer
+    """What updates the ranges by their gradients."""
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
 
     def set_updates(self, count: int) -> None:
         """Tell the rule how many updates its state has seen."""
@@ -134,7 +137,7 @@ class TorchUpdater:
         self.stores: dict[str, Store] = {kind: PlainStore(flat) for kind, flat in flats.items()}
         self.num_updates = 0
         self._counts: list[Tensor] = []
-        self._optimizer = rule.optimizer(
+        self.optimizer = rule.optimizer(
             groups_of(ranges, options.weight_decay), lr=0.0, **rule.settings(options)
         )
         for each in ranges:
@@ -142,14 +145,12 @@ class TorchUpdater:
             if rule.counts:
                 self._counts.append(torch.zeros((), device=like.device))
                 state["step"] = self._counts[-1]
-            self._optimizer.state[each.parameter] = state
+            self.optimizer.state[each.parameter] = state
 
-    def step(self, rate: float) -> None:
-        """Update the ranges by their gradients."""
-        for group in self._optimizer.param_groups:
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate."""
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
-        self.num_updates += 1
 
     def set_updates(self, count: int) -> None:
         """Tell the rule how many updates its state has seen."""
