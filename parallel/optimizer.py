@@ -142,6 +142,11 @@ class StageOptimizer:
         return len(self._chunks)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the rule's state, beside masters and mask."""
+        return tuple(self._engine.stores)
+
+    @property
     def flat_grad(self) -> Tensor:
         """The accumulated gradients; once reduced, what this rank owns of them is their sum over dp."""
         return self._buffers.flat_grad
