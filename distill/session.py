@@ -169,7 +169,7 @@ def bind_step(
     optimizer = StageOptimizer.of_stages(
         students,
         mesh,
-        _rule(config),
+        optimizer_options(config),
         _learning_rate(config),
         beside=None if hidden is None else hidden.entries,
     )
@@ -272,7 +272,8 @@ def factorise_for(
     return replace(models, student_folder=folder, split=split), seconds
 
 
-def _rule(config: Config) -> OptimizerOptions:
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """Return the settings of the optimizer as it takes them."""
     options = config.optimizer
     return OptimizerOptions(
         name=options.name,

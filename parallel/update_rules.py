@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.flat_state import PlainStore, Store
+from parallel.gradients import main_dtype
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ RULES: Mapping[str, Rule] = {
     "sgd": Rule(torch.optim.SGD, _momentum, lambda options: {"momentum": options.momentum}, counts=False),
 }
 EIGHT_BIT = "adamw8bit"
+_EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)
+"""Two codes, and their part of the scales of 256 elements."""
 
 
 class Range(NamedTuple):
@@ -157,6 +160,15 @@ class TorchUpdater:
         self.num_updates = count
         for each in self._counts:
             each.fill_(count)
+
+
+def element_bytes(options: OptimizerOptions, dtype: torch.dtype) -> float:
+    """Return the bytes of master and state for each element of parameters of a dtype, all replicas together."""
+    main = main_dtype(dtype)
+    master = main.itemsize if main != dtype or options.engine == "deepspeed" else 0
+    if options.name == EIGHT_BIT:
+        return master + _EIGHT_BIT_BYTES
+    return master + main.itemsize * len(RULES[options.name].kinds(options))
 
 
 def make_updater(options: OptimizerOptions, ranges: Sequence[Range], numel: int) -> Updater:

@@ -316,3 +316,17 @@ def test_state_of_another_rule_is_refused(folder: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"state of another rule: momentum_buffer, not exp_avg, exp_avg_sq"
     ):
         restore(saved, second, second.mesh)
+
+
+@pytest.mark.slow
+def test_eight_bit_moments_in_every_stage(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = [replace(each, name="adamw8bit") for each in (*OWN, THEIRS[0])]
+    cases = [Case((1, 2, 1), each, torch.float32) for each in options]
+    for rank in run_distributed(2, _update, cases, folder, timeout_s=300):
+        for other in rank[1:]:
+            for key, value in rank[0].parameters.items():
+                torch.testing.assert_close(other.parameters[key], value, rtol=1e-6, atol=1e-6)
+        same = [torch.equal(rank[1].parameters[key], value) for key, value in rank[0].parameters.items()]
+        assert all(same), "stages 0 and 1 have the same bits"
+    assert run_distributed(2, _go_on, cases, [], tmp_path, folder, timeout_s=300) == [[], []]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel.update_rules import RULES, OptimizerOptions, Range, make_updater
+from parallel.update_rules import RULES, OptimizerOptions, Range, element_bytes, make_updater
 
 OPTIONS = OptimizerOptions(betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1, momentum=0.6)
 NUMEL, DECAYS = 1024, slice(0, 768)
@@ -86,3 +86,15 @@ def test_updates_that_were_seen_count(name: str) -> None:
     assert updater.num_updates == 7
     steps = [state["step"].item() for state in updater.optimizer.state.values() if "step" in state]
     assert steps == ([7] if RULES[name].counts else [])
+
+
+def test_bytes_of_an_element_are_those_that_are_held() -> None:
+    parameter = nn.Parameter(torch.ones(256))
+    parameter.grad = torch.ones(256)
+    for name in RULES:
+        options = replace(OPTIONS, name=name)
+        updater = make_updater(options, [Range(parameter, True, slice(0, 256))], 256)
+        held = sum(store.nbytes for store in updater.stores.values()) / 256
+        assert element_bytes(options, torch.float32) == held
+        assert element_bytes(options, torch.bfloat16) == held + 4
+        assert element_bytes(replace(options, engine="deepspeed"), torch.float32) == held + 4
