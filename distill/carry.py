@@ -1,6 +1,6 @@
-"""Adam's moments over a cut: each entry that the new student has from the one before keeps its own.
+"""An optimizer's state over a cut: each entry that the new student has from the one before keeps its own.
 
-Decides that moments follow the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
+Decides that the state (AdamW's moments, or what another rule has) follows the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
 have, and that what came back from the teacher, is a factor of a low rank on either side, or is trained beside the model
 (projections) starts without any. Weights come from the cut student's folder. A cut of the residual width rescales norms
 (`distill.prune`); their moments keep the old scale, which AdamW forgets within 1 / (1 - beta) steps. One whole tensor is
@@ -17,7 +17,7 @@ from distill.kept import Kept
 from distill.recut import recut
 from distill.structure import Sizes, layout_of, student_name, teacher_name
 from parallel.checkpoint_files import CheckpointError, CheckpointFiles
-from parallel.optimizer import MOMENTS, StageOptimizer
+from parallel.optimizer import StageOptimizer
 
 
 @torch.no_grad()
@@ -31,24 +31,25 @@ def carry_moments(
     old: Kept,
     new: Kept,
 ) -> None:
-    """Fill this rank's moments from the checkpoint of a student that was cut differently.
+    """Fill this rank's state from the checkpoint of a student that was cut differently.
 
     Args:
         files: tensors of the checkpoint.
         optimizer: of the new student.
-        updates: that the checkpoint's moments have seen.
+        updates: that the checkpoint's state has seen.
         teacher_shapes: shape of each parameter of the teacher, by name.
         sizes: the teacher's.
         old, new: units of the teacher that the checkpoint's student and the new one keep.
     Raises:
         CheckpointError: a tensor is missing, or has another shape than `old` says.
+    Collectives: those of `StageOptimizer.reset_moments` and `set_updates`.
     """
-    for entry, views in optimizer.state():
+    optimizer.reset_moments()
+    for entry, parts in optimizer.state():
         name = teacher_name(entry.name, new)
         before = student_name(name, old) if name in teacher_shapes else None
-        for kind in MOMENTS:
-            view = views[kind].zero_()
-            if before is None or _is_factored(files, f"{kind}/{before}"):
+        for kind, part in parts.items():
+            if kind in ("weight", "mask") or before is None or _is_factored(files, f"{kind}/{before}"):
                 continue
             layout = layout_of(name, teacher_shapes[name], sizes)
             try:
@@ -57,10 +58,9 @@ def carry_moments(
                 raise CheckpointError(
                     f"{kind}/{before} is not that of the student before: {error}"
                 ) from error
-            part = whole
             if entry.shard is not None:
-                part = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
-            view.copy_(part)
+                whole = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
+            part.write(whole.flatten()[part.start : part.stop])
     optimizer.set_updates(updates)
 
 

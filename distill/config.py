@@ -156,15 +156,23 @@ class Train:
 @dataclass(frozen=True)
 class Optimizer:
     engine: str = "torch"
-    """Who updates the weights: `torch`."""
+    """Who reduces gradients and updates the weights: `torch` (ours), or `deepspeed` (its ZeRO optimizer under our tensor and pipeline parallelism; `pip install deepspeed==0.19.8`)."""
+    name: str = "adamw"
+    """Rule of the update: `adamw`, `adam`, `radam`, `adamax`, `adagrad`, `rmsprop`, `sgd`, or `adamw8bit` (bitsandbytes' 8-bit moments)."""
+    zero_stage: int = 1
+    """What data-parallel replicas share out: 0 nothing, 1 masters and the rule's state, 2 the reduced gradients too (`deepspeed` only)."""
+    offload: bool = False
+    """Keep masters and the rule's state in the CPU's memory (`deepspeed` only)."""
     lr: float = 1.0e-4
     """Highest learning rate."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay; norms and biases are left out."""
+    """Weight decay, decoupled from the gradient in `adamw` and `adamw8bit`, added to it in the others; norms and biases are left out."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of the first and second moment in the rules named after Adam; `rmsprop` takes the second."""
     eps: float = 1.0e-8
-    """AdamW's denominator floor."""
+    """Floor of the denominator; `sgd` has none."""
+    momentum: float = 0.9
+    """Momentum of `sgd` and `rmsprop`."""
     clip: float | None = 1.0
     """Largest global gradient norm; null does not clip."""
     warmup_steps: int = 0
@@ -174,7 +182,7 @@ class Optimizer:
     min_lr_ratio: float = 0.1
     """Share of `lr` that is left at the last step of `cosine` and `linear`."""
     moments: str = "keep"
-    """What a round does with the moments of the round before: `keep` (cut like the weights) or `reset`."""
+    """What a round does with the rule's state of the round before: `keep` (cut like the weights) or `reset`."""
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
         recut: whether the session's student was cut anew since.
     Raises:
         ConfigError: the checkpoint does not fit.
-    Collectives: those of `checkpoint.restore`, or none.
+    Collectives: those of `checkpoint.restore` or `carry_moments`.
     """
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
     try:

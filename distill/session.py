@@ -41,8 +41,9 @@ from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
 from parallel.model import StageModel
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.pipeline.p2p import Links
+from parallel.update_rules import OptimizerOptions
 
 
 @dataclass
@@ -168,7 +169,7 @@ def bind_step(
     optimizer = StageOptimizer.of_stages(
         students,
         mesh,
-        _adamw(config),
+        optimizer_options(config),
         _learning_rate(config),
         beside=None if hidden is None else hidden.entries,
     )
@@ -273,10 +274,19 @@ def factorise_for(
     return replace(models, student_folder=folder, split=split), seconds
 
 
-def _adamw(config: Config) -> AdamWOptions:
+def optimizer_options(config: Config) -> OptimizerOptions:
+    """Return the settings of the optimizer as it takes them."""
     options = config.optimizer
-    return AdamWOptions(
-        betas=options.betas, eps=options.eps, weight_decay=options.weight_decay, clip=options.clip or 0.0
+    return OptimizerOptions(
+        name=options.name,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        clip=options.clip or 0.0,
+        engine=options.engine,
+        zero_stage=options.zero_stage,
+        offload=options.offload,
     )
 
 

@@ -178,7 +178,7 @@ class Sparsifier:
     def advance(self, step: int) -> None:
         """Hold more at zero at the end of optimizer step `step` (from 0), if the share is still to rise.
 
-        Collectives: those of `ranking.smallest`, matrix by matrix.
+        Collectives: those of `StageOptimizer.master` and of `ranking.smallest`, matrix by matrix.
         """
         if step < self._rising_steps:
             self._hold(progress_after(self.settings.schedule, step + 1, self._rising_steps))
@@ -199,7 +199,7 @@ class Sparsifier:
         choose = self._groups if self.settings.pattern == "2:4" else self._entries
         for target in self._targets:
             held_RC = target.slot.view(self._optimizer.mask)
-            scores_RC = target.slot.view(self._optimizer.master).abs()
+            scores_RC = self._optimizer.master(target.slot).abs()
             if target.norm_C is not None:
                 scores_RC = scores_RC * target.norm_C
             held_RC |= choose(target, scores_RC, held_RC, progress)

@@ -21,6 +21,7 @@ from distill.costs import MOST_SLICES, Profile, Split, stage_costs, stage_sums
 from distill.loading import DTYPES, checked_student
 from distill.pretrained import load_config, resolve_model
 from distill.profiling import measure
+from distill.session import optimizer_options
 from launch.environment import World
 from launch.forecast import Job, Layout, seconds
 from launch.plan_options import Options, given_costs
@@ -29,6 +30,7 @@ from parallel.gradients import main_dtype
 from parallel.pipeline.partition import Layers
 from parallel.pipeline.simulate import Costs
 from parallel.plan import UnsupportedModel
+from parallel.update_rules import element_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -165,7 +167,8 @@ def _state_bytes(case: Config, split: Split, teacher: PretrainedConfig, student:
     """Return what the fullest rank holds between two steps: weights, and for the student gradients, moments and masters."""
     dtype = DTYPES[case.train.dtype]
     itemsize, main_itemsize = dtype.itemsize, main_dtype(dtype).itemsize
-    trained = itemsize + 3 * main_itemsize + (main_itemsize if main_dtype(dtype) != dtype else 0)
+    owners = case.mesh.dp if case.optimizer.zero_stage else 1
+    trained = itemsize + main_itemsize + element_bytes(optimizer_options(case), dtype) / owners
     ranks = [0.0] * case.mesh.pp
     for config, stages, num_bytes in ((student, split.student, trained), (teacher, split.teacher, itemsize)):
         parameters, _, head = count_layers(config, seq_len=case.data.seq_len)

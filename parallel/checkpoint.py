@@ -2,13 +2,14 @@
 
     checkpoints/step-00000120/
       manifest.json                 step, layout, size and SHA-256 of each file, the caller's extras, a checksum of itself
-      stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and both moments, local shards
+      stage-000-tp-00.safetensors   for each parameter of a rank's stages: master weight and the rule's state, as much of
+                                    its local shard as the replica owns; further replicas' files end with -dp-01 ...
       ...                           small files that the caller gives along
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
 folder. A step waits only for the copy of its state. A disk that is full or broken on any rank costs this checkpoint and
-nothing else: all ranks learn of it, the half-written folder goes, those before stay. Data-parallel replicas and both ends of
-a tie are equal, so only one writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from
+nothing else: all ranks learn of it, the half-written folder goes, those before stay. Each replica writes its own part, also of
+what all hold; of the two ends of a tie one writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from
 any other (`parallel.checkpoint_files`); what is sound, `parallel.checkpoint_folders` says.
 """
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from parallel.background import Background
-from parallel.checkpoint_files import CheckpointFiles, write_shards
+from parallel.checkpoint_files import CheckpointFiles, Span, write_shards
 from parallel.checkpoint_folders import PARTIAL, complete_checkpoints, folder_of, remove
 from parallel.checkpoint_manifest import CheckpointError, Manifest, read_manifest, write_manifest
 from parallel.collectives import broadcast_object, gather_objects
@@ -44,11 +45,12 @@ _OTHER = "it belongs to another student"
 
 
 def _file_name(mesh: Mesh) -> str:
-    return f"stage-{mesh.pp.rank:03d}-tp-{mesh.tp.rank:02d}.safetensors"
+    replica = "" if mesh.dp.is_first else f"-dp-{mesh.dp.rank:02d}"
+    return f"stage-{mesh.pp.rank:03d}-tp-{mesh.tp.rank:02d}{replica}.safetensors"
 
 
 def tensor_name(kind: str, entry: Entry) -> str:
-    """Return the name of a parameter's master (`weight`) or moment (`exp_avg`, `exp_avg_sq`)."""
+    """Return the name of a parameter's master (`weight`), mask, or state of a kind (`exp_avg`, `exp_avg_sq`)."""
     return f"{kind}/{entry.name}"
 
 
@@ -68,7 +70,25 @@ class _State:
     updates: int
     tensors: dict[str, Tensor]
     shards: dict[str, ShardSpec]
+    spans: dict[str, Span]
     extras: dict[str, Any]
+
+
+def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any]) -> _State:
+    """Copy what this rank writes."""
+    state = _State(step, optimizer.num_updates, {}, {}, {}, extras)
+    for entry, parts in optimizer.share():
+        for kind, part in parts.items() if not entry.is_tied_copy else ():
+            name, shape = tensor_name(kind, entry), tuple(entry.parameter.shape)
+            values = part.read().to("cpu", copy=True)
+            if part.stop - part.start == entry.parameter.numel():
+                values = values.view(shape)
+            else:
+                state.spans[name] = Span(part.start, shape)
+            state.tensors[name] = values
+            if entry.shard is not None:
+                state.shards[name] = entry.shard
+    return state
 
 
 class Saver:
@@ -112,17 +132,7 @@ class Saver:
         Collectives: on the thread, over `mesh.background`: a broadcast, a gather of file records, a broadcast.
         """
         self.wait()
-        tensors: dict[str, Tensor] = {}
-        shards: dict[str, ShardSpec] = {}
-        for entry, views in self._optimizer.state() if self._mesh.dp.is_first else ():
-            if entry.is_tied_copy:
-                continue
-            for kind, view in views.items():
-                name = tensor_name(kind, entry)
-                tensors[name] = view.detach().to("cpu", copy=True)
-                if entry.shard is not None:
-                    shards[name] = entry.shard
-        state = _State(step, self._optimizer.num_updates, tensors, shards, extras)
+        state = _copy(self._optimizer, step, extras)
         self._beside.give(partial(self._write, state))
 
     def check(self) -> list[str]:
@@ -190,10 +200,8 @@ class Saver:
 
     def _write_files(self, folder: Path, state: _State) -> dict[str, FileRecord]:
         """Write this rank's files; return their records by name."""
-        records: dict[str, FileRecord] = {}
-        if self._mesh.dp.is_first:
-            path = folder / _file_name(self._mesh)
-            records[path.name] = write_shards(state.tensors, state.shards, path)
+        path = folder / _file_name(self._mesh)
+        records = {path.name: write_shards(state.tensors, state.shards, path, state.spans)}
         if self._mesh.world.is_first:
             for name, content in self._companions.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +241,7 @@ def restore(
     *,
     optional: Callable[[str], bool] = lambda name: False,
 ) -> Manifest:
-    """Load this rank's masters, moments and mask, bit for bit, and refresh the parameters.
+    """Load this rank's masters, state and mask, bit for bit, and refresh the parameters.
 
     Args:
         optional: tensor's name (`mask/...`, `weight/...`) -> whether it is loaded only where the checkpoint and the
@@ -241,7 +249,7 @@ def restore(
     Raises:
         CheckpointError: a broken file, a tensor that is missing, left over or of another shape; a rank whose own part is
             sound raises another rank's.
-    Collectives: gathers of names and of errors over the world.
+    Collectives: gathers of names and of errors over the world; those of `StageOptimizer.gather`.
     """
     manifest, found = None, None
     names: set[str] = set()
@@ -269,8 +277,12 @@ def restore(
 def _load(files: CheckpointFiles, optimizer: StageOptimizer, optional: Callable[[str], bool]) -> set[str]:
     """Fill the optimizer's state; return the names that were read."""
     names = set()
-    for entry, views in optimizer.state():
-        for kind, view in views.items():
+    found = {name.partition("/")[0] for name in files.names} - {"weight", "mask"}
+    if found and found != set(optimizer.kinds):
+        kinds = (", ".join(sorted(each)) or "none" for each in (found, optimizer.kinds))
+        raise CheckpointError("it holds the state of another rule: {}, not {}".format(*kinds))
+    for entry, parts in optimizer.state():
+        for kind, part in parts.items():
             name = tensor_name(kind, entry)
             fits = name in files.names and files.shape(name) == entry.full_shape
             if not fits and optional(name):
@@ -279,6 +291,6 @@ def _load(files: CheckpointFiles, optimizer: StageOptimizer, optional: Callable[
                 raise CheckpointError(f"there is no tensor {name!r}; {_OTHER}")
             if files.shape(name) != entry.full_shape:
                 raise CheckpointError(f"{name!r} is {list(files.shape(name))}, here {list(entry.full_shape)}")
-            view.copy_(files.read(name, entry.shard))
+            part.write(files.read_entries(name, entry.shard, part.start, part.stop))
             names.add(name)
     return names

@@ -18,6 +18,8 @@ one between ranks, and may be 0; padding exists only inside `all_gather`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,6 +119,46 @@ def all_gather(tensor: Tensor, axis: Axis, *, dim: int, sizes: list[int]) -> Ten
         gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     # Contiguous, because sums over a strided tensor run in another order than those of the unsharded model.
     return gathered.movedim(0, dim).contiguous()
+
+
+def reduce_to_owners_(flat: Tensor, axis: Axis) -> None:
+    """Sum `flat` over the axis for its owners: rank r of n gets part r of n equal ones, in place; the rest is undefined.
+
+    Gloo's own reduce-scatter takes three times as long as one reduction to each owner, all under way at once.
+
+    Collectives: a reduce-scatter over `axis`; on gloo `axis.size` reductions.
+    """
+    if axis.size == 1:
+        return
+    parts = flat.chunk(axis.size)
+    if dist.get_backend(axis.group) != "gloo":
+        dist.reduce_scatter_single(parts[axis.rank], flat, group=axis.group)
+        return
+    reduce = partial(dist.reduce, group=axis.group, async_op=True)
+    works = [reduce(part, dst=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
+    for work in works:
+        work.wait()
+
+
+def gather_from_owners_(flats: Sequence[Tensor], axis: Axis) -> None:
+    """Fill each tensor with what its owners have: rank r of n owns part r of n equal ones.
+
+    Gloo's own all-gather takes half as long again as one broadcast from each owner, all under way at once.
+
+    Collectives: an all-gather over `axis` for each tensor; on gloo `axis.size` broadcasts.
+    """
+    if axis.size == 1:
+        return
+    works = []
+    for flat in flats:
+        parts = flat.chunk(axis.size)
+        if dist.get_backend(axis.group) != "gloo":
+            dist.all_gather_single(flat, parts[axis.rank], group=axis.group)
+            continue
+        send = partial(dist.broadcast, group=axis.group, async_op=True)
+        works += [send(part, src=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
+    for work in works:
+        work.wait()
 
 
 def broadcast_(tensor: Tensor, axis: Axis, *, source: int) -> None:

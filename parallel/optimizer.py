@@ -1,17 +1,16 @@
 """The optimizer of one rank's stages, over flat buffers, with a global gradient norm.
 
-Decides where gradients and masters live. All trainable parameters of a rank are views into one flat buffer, their
-gradients are accumulated into a second one (`parameter.main_grad`), in float32 at least: a gradient summed over many
-micro-batches in bf16 would lose the small ones. bf16 parameters have a float32 master; float32 and float64 parameters
-are their own master. A step allocates nothing but scalars.
+Decides what happens to gradients at the end of a step, and in which order; who reduces and updates is an engine
+(`parallel.torch_engine`, `parallel.deepspeed_engine`), by which rule `parallel.update_rules` says, and where everything
+lies `parallel.flat`.
 
 A rank holds one or more stages ("chunks"), each with a part of the buffers cut into buckets (`parallel.buckets`). A bucket
 is summed over dp in one call, whenever that is, so the parameters do not depend on when. The norm adds shards over all
 ranks, and replicated and tied parameters once, in a fixed order. Gradients are sums, not means: the loss is already
 divided by the global number of valid tokens.
 
-A mask may mark entries that are held at exactly 0, in parameter, master and moments. Their gradients are cleared when all
-reductions are done, before the norm; AdamW then leaves a 0 whose moments are 0 as it is. Who chooses them is not known here.
+A mask may mark entries that are held at exactly 0, in parameter, master and state. Their gradients are cleared before the
+norm; every rule then leaves a 0 whose state is 0 as it is. Who chooses them is not known here.
 
 The four pieces are separate because a plan places them: `reduce` (parts of it earlier, with `reduce_bucket`), `norm`,
 `step`, `gather`. The first two may run on a thread beside compute: they use the mesh's gradient axes only.
@@ -20,22 +19,23 @@ The four pieces are separate because a plan places them: `reduce` (parts of it e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.buckets import Bucket, lay_out
-from parallel.collectives import all_reduce_
+from parallel.buckets import Bucket, Slot, lay_out
+from parallel.collectives import all_reduce_, broadcast_
+from parallel.flat import FlatBuffers
+from parallel.flat_state import Part, PlainStore, Store
 from parallel.gradients import main_dtype
 from parallel.mesh import Mesh
 from parallel.model import StageModel
+from parallel.torch_engine import TorchEngine
+from parallel.update_rules import OptimizerOptions
 from parallel.weights import Entry, parameter_table
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's names of the running means of the gradient and of its square."""
 
 
 @dataclass(frozen=True)
@@ -59,34 +59,41 @@ class LearningRate:
         return self.peak * (self.min_ratio + (1 - self.min_ratio) * decay)
 
 
-@dataclass(frozen=True)
-class AdamWOptions:
-    """Hyperparameters of AdamW; weight decay applies to matrices only."""
+class Engine(Protocol):
+    """Reduces gradients, and updates and gathers parameters, of one rank's stages; see `parallel.torch_engine`."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    """Global gradient norm to clip to; 0 switches clipping off."""
+    reduces_early: bool
+    num_updates: int
+    stores: dict[str, Store]
+    state_bytes: int
+
+    def reduce(self, bucket: Bucket) -> None: ...
+    def norm(self, mask: Tensor | None) -> Tensor: ...
+    def update(self, rate: float, clip_factor: float) -> None: ...
+    def gather(self) -> None: ...
+    def refresh(self) -> None: ...
+    def set_updates(self, count: int) -> None: ...
+    def parts(self, slot: Slot) -> dict[str, Part]: ...
+    def share(self, slot: Slot, index: int) -> Iterator[tuple[int, int]]: ...
 
 
 class StageOptimizer:
-    """AdamW for the trainable parameters of one rank's stages.
+    """The optimizer of the trainable parameters of one rank's stages.
 
     Args:
         tables: each chunk's parameters (`weights.parameter_table`), stages ascending; frozen ones are left alone.
         mesh: axes of the reductions.
-        options: hyperparameters.
+        options: the rule, its hyperparameters, and who applies it.
         learning_rate: by step.
         bucket_bytes: of gradients, from which on a bucket takes no further layer.
-    Invariant: parameters are views into `self.flat`; between steps they equal the master in their own dtype.
+    Invariant: parameters are views into a flat buffer; between steps they equal the master in their own dtype.
     """
 
     def __init__(
         self,
         tables: Sequence[list[Entry]],
         mesh: Mesh,
-        options: AdamWOptions,
+        options: OptimizerOptions,
         learning_rate: LearningRate,
         *,
         bucket_bytes: int = 25 * 1024**2,
@@ -97,22 +104,21 @@ class StageOptimizer:
         assert entries, "a rank without trainable parameters has nothing to optimize"
         tie = {entry.is_tied_copy for entry in entries if entry.is_tied_copy or entry.is_tied_source}
         assert len(tie) < 2, "both ends of a tie on one rank: it needs two ranks, or one stage"
-        dtype = entries[0].parameter.dtype
-        main = main_dtype(dtype)
-        self._chunks = lay_out(trainable, mesh.tp, bucket_bytes // main.itemsize)
-        self.slots = [slot for chunk in self._chunks for slot in chunk.slots]
+        bucket_numel = bucket_bytes // main_dtype(entries[0].parameter.dtype).itemsize
+        self._chunks = lay_out(trainable, mesh.tp, bucket_numel, num_parts=mesh.gradients.dp.size)
+        self._buffers = FlatBuffers(self._chunks, mesh.device)
+        self._engine = _make_engine(self._buffers, mesh, options)
+        self.slots = self._buffers.slots
         self.mask: Tensor | None = None
         """True for entries of the flat buffers that are held at 0; None where nothing is (see `make_mask`)."""
         self._reduced: set[tuple[int, int]] = set()
         self._complete: set[int] = set()
-        self._allocate(dtype, main)
-        self._adam = self._make_adam()
 
     @staticmethod
     def of_stages(
         stages: Sequence[StageModel],
         mesh: Mesh,
-        options: AdamWOptions,
+        options: OptimizerOptions,
         learning_rate: LearningRate,
         *,
         bucket_bytes: int = 25 * 1024**2,
@@ -131,50 +137,24 @@ class StageOptimizer:
         """Stages of this rank."""
         return len(self._chunks)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the rule's state, beside masters and mask."""
+        return tuple(self._engine.stores)
+
+    @property
+    def flat_grad(self) -> Tensor:
+        """The accumulated gradients; once reduced, what this rank owns of them is their sum over dp."""
+        return self._buffers.flat_grad
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the masters and the state that this rank holds beside parameters and gradients."""
+        return self._engine.state_bytes
+
     def buckets(self, chunk: int) -> tuple[Bucket, ...]:
-        """Return the chunk's buckets in the order in which a backward completes them."""
-        return self._chunks[chunk].buckets
-
-    @torch.no_grad()
-    def _allocate(self, dtype: torch.dtype, main: torch.dtype) -> None:
-        size = max(bucket.stop for chunk in self._chunks for bucket in chunk.buckets)
-        self.flat = torch.zeros(size, dtype=dtype, device=self.mesh.device)
-        for slot in self.slots:
-            slot.view(self.flat).copy_(slot.entry.parameter)
-        self.master = self.flat if main == dtype else self.flat.to(main)
-        self.flat_grad = torch.zeros_like(self.master)
-        self._moments = {name: torch.zeros_like(self.master) for name in MOMENTS}
-        for slot in self.slots:
-            parameter = slot.entry.parameter
-            parameter.data = slot.view(self.flat)
-            parameter.main_grad = slot.view(self.flat_grad)
-            parameter.register_post_accumulate_grad_hook(_move_grad)
-
-    def _make_adam(self) -> torch.optim.AdamW:
-        """Return an AdamW over the runs of neighbours that decay, and those that do not."""
-        runs: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        state = {}
-        for decays, slots in groupby(self.slots, key=lambda slot: slot.entry.parameter.ndim > 1):
-            members = list(slots)
-            where = slice(members[0].start, members[-1].stop)
-            run = nn.Parameter(self.master[where])
-            run.grad = self.flat_grad[where]
-            runs[decays].append(run)
-            step = torch.zeros((), device=run.device)
-            state[run] = {"step": step, **{name: flat[where] for name, flat in self._moments.items()}}
-        adam = torch.optim.AdamW(
-            [
-                {"params": params, "weight_decay": self.options.weight_decay if decays else 0.0}
-                for decays, params in runs.items()
-                if params
-            ],
-            lr=self.learning_rate.peak,
-            betas=self.options.betas,
-            eps=self.options.eps,
-            fused=True,
-        )
-        adam.state.update(state)
-        return adam
+        """Return the chunk's buckets that may be reduced early, in the order in which a backward completes them."""
+        return self._chunks[chunk].buckets if self._engine.reduces_early else ()
 
     def zero_grad(self) -> None:
         """Clear the accumulated gradients; call before the first backward of a step."""
@@ -186,38 +166,42 @@ class StageOptimizer:
     def reduce_bucket(self, chunk: int, index: int) -> None:
         """Sum one bucket over dp; once a step, when its gradients are complete, in one order on all replicas.
 
-        Collectives: all-reduce over the gradients' dp.
+        Collectives: the engine's `reduce`, over the gradients' dp.
         """
         assert (chunk, index) not in self._reduced, f"bucket {index} of chunk {chunk} is already reduced"
         self._reduced.add((chunk, index))
-        bucket = self._chunks[chunk].buckets[index]
-        all_reduce_(self.flat_grad[bucket.start : bucket.stop], self.mesh.gradients.dp)
+        self._engine.reduce(self._chunks[chunk].buckets[index])
 
     @torch.no_grad()
     def reduce(self, chunk: int) -> None:
-        """Sum the chunk's gradients over dp, bucket by bucket where that is not done yet, and partial ones over tp.
+        """Sum the chunk's partial gradients over tp, and all over dp, bucket by bucket where that is not done yet.
 
-        Collectives: all-reduces over the gradients' dp; one over their tp if the chunk has partial gradients.
+        Collectives: an all-reduce over the gradients' tp if the chunk has partial gradients; those of `reduce_bucket`.
         """
         assert chunk not in self._complete, f"chunk {chunk} is already reduced"
         self._complete.add(chunk)
-        for index in range(len(self._chunks[chunk].buckets)):
-            if (chunk, index) not in self._reduced:
-                self.reduce_bucket(chunk, index)
+        # Whole, before its bucket is cut over dp: the parts of two tp ranks need not have the same parameters.
         partial = self.flat_grad[self._chunks[chunk].partial]
         if partial.numel():
             all_reduce_(partial, self.mesh.gradients.tp)
+        for index in range(len(self._chunks[chunk].buckets)):
+            if (chunk, index) not in self._reduced:
+                self.reduce_bucket(chunk, index)
 
     def make_mask(self) -> None:
         """Allocate `mask`, one byte an entry, with nothing held; from then on checkpoints hold it."""
         assert self.mask is None, "there is a mask already"
-        self.mask = torch.zeros_like(self.flat, dtype=torch.bool)
+        self.mask = torch.zeros_like(self.flat_grad, dtype=torch.bool)
 
     @torch.no_grad()
     def apply_mask(self) -> None:
-        """Set parameters, masters and moments to 0 where the mask says so; call after every change of it."""
-        for flat in (self.flat, self.master, *self._moments.values()):
-            flat.masked_fill_(self.mask, 0)
+        """Set parameters, masters and state to 0 where the mask says so; call after every change of it."""
+        for slot in self.slots:
+            held = slot.view(self.mask)
+            slot.entry.parameter.masked_fill_(held, 0)
+            for part in self._engine.parts(slot).values():
+                its_own = held.flatten()[part.start : part.stop]
+                part.write(part.read().masked_fill(its_own, 0))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -226,19 +210,10 @@ class StageOptimizer:
         Gradients of entries that are held at 0 are cleared and do not count. The tie waits for the first stage, whose
         backward is the last, and so must not stand before other reductions.
 
-        Collectives: all-reduce over the gradients' tie if the model is tied; one over their model.
+        Collectives: the engine's `norm`, over the gradients' axes.
         """
         assert len(self._complete) == self.num_chunks, f"only chunks {sorted(self._complete)} are reduced"
-        for slot in self.slots:
-            if slot.entry.is_tied_copy or slot.entry.is_tied_source:
-                all_reduce_(slot.view(self.flat_grad), self.mesh.gradients.tie)
-        if self.mask is not None:
-            self.flat_grad.masked_fill_(self.mask, 0)
-        buckets = [bucket for chunk in self._chunks for bucket in chunk.buckets]
-        parts = [self.flat_grad[bucket.start : bucket.counted_stop] for bucket in buckets]
-        total = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
-        all_reduce_(total, self.mesh.gradients.model)
-        return total.sqrt()
+        return self._engine.norm(self.mask)
 
     @torch.no_grad()
     def step(self, step: int, norm: Tensor) -> float:
@@ -250,54 +225,79 @@ class StageOptimizer:
             step: optimizer step, from 0.
             norm: what `norm()` returned.
         """
-        value = norm.item()
-        if not math.isfinite(value):
-            return self.learning_rate.at(step)
-        if self.options.clip and value > self.options.clip:
-            self.flat_grad.mul_(self.options.clip / (value + 1e-6))
+        value, clip = norm.item(), self.options.clip
         rate = self.learning_rate.at(step)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.step()
+        if not math.isfinite(value):
+            return rate
+        self._engine.update(rate, clip / (value + 1e-6) if clip and value > clip else 1.0)
         return rate
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Bring the stepped masters back into the parameters (a copy where the dtypes differ)."""
-        if self.master is not self.flat:
-            self.flat.copy_(self.master)
+        """Bring the stepped masters back into the parameters of all replicas. Collectives: over the gradients' dp."""
+        self._engine.gather()
 
-    def state(self) -> list[tuple[Entry, dict[str, Tensor]]]:
-        """Return for each parameter views of its master, moments and mask if any, in the parameter's local shape."""
-        buffers = {"weight": self.master, **self._moments}
-        if self.mask is not None:
-            buffers["mask"] = self.mask
-        return [
-            (slot.entry, {name: slot.view(flat) for name, flat in buffers.items()}) for slot in self.slots
-        ]
+    def state(self) -> list[tuple[Entry, dict[str, Part]]]:
+        """Return for each parameter what this rank holds: its master (`weight`) and state, and all of the mask if any.
+
+        A kind is left out where the rank holds none of it.
+        """
+        found = []
+        for slot in self.slots:
+            parts = self._engine.parts(slot)
+            if self.mask is not None:
+                numel = slot.entry.parameter.numel()
+                parts["mask"] = Part(0, numel, PlainStore(self.mask), slot.start)
+            found.append((slot.entry, parts))
+        return found
+
+    def share(self) -> list[tuple[Entry, dict[str, Part]]]:
+        """Return what of `state` this replica saves; together they save everything once."""
+        found = []
+        for slot, (entry, parts) in zip(self.slots, self.state(), strict=True):
+            mine: dict[str, Part] = {}
+            for start, stop in self._engine.share(slot, self.mesh.dp.rank):
+                its_own = {kind: part.inside(start, stop) for kind, part in parts.items()}
+                mine |= {kind: part for kind, part in its_own.items() if part is not None}
+            found.append((entry, mine))
+        return found
+
+    @torch.no_grad()
+    def master(self, slot: Slot) -> Tensor:
+        """Return all of this rank's shard of a parameter's master. Collectives: broadcasts over dp if it is cut there."""
+        parameter = slot.entry.parameter
+        if parameter.dtype == self.flat_grad.dtype:
+            return parameter.detach()
+        part = self._engine.parts(slot).get("weight")
+        whole = self.flat_grad.new_empty(parameter.numel())
+        if part is not None:
+            whole[part.start : part.stop].copy_(part.read())
+        for index in range(self.mesh.dp.size):
+            for start, stop in self._engine.share(slot, index):
+                broadcast_(whole[start:stop], self.mesh.dp, source=index)
+        return whole.view(parameter.shape)
 
     @property
     def num_updates(self) -> int:
-        """Updates that the moments have seen, for AdamW's bias correction."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        """Updates that the state has seen, for bias corrections."""
+        return self._engine.num_updates
 
     @torch.no_grad()
     def reset_moments(self) -> None:
-        """Begin as if nothing had been updated yet."""
-        for flat in self._moments.values():
-            flat.zero_()
+        """Begin as if nothing had been updated yet. Collectives: as `gather`."""
+        for store in self._engine.stores.values():
+            store.zero_()
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
-        """Tell AdamW how many updates the restored moments have seen; refresh the parameters."""
-        for state in self._adam.state.values():
-            state["step"].fill_(count)
-        self.gather()
+        """Tell the rule how many updates the restored state has seen; refresh the parameters. Collectives: as `gather`."""
+        self._engine.set_updates(count)
+        self._engine.refresh()
 
 
-def _move_grad(parameter: nn.Parameter) -> None:
-    """Add what autograd left in `grad` to the flat buffer (norms and whatever is no parallel layer)."""
-    # Parallel layers give autograd no gradient for their weights, but the hook runs all the same.
-    if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None
+def _make_engine(buffers: FlatBuffers, mesh: Mesh, options: OptimizerOptions) -> Engine:
+    if options.engine == "deepspeed":
+        from parallel.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(buffers, mesh, options)
+    return TorchEngine(buffers, mesh, options)

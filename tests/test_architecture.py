@@ -31,7 +31,8 @@ ONLY_IN = {
     "hydra": ("launch/config.py",),
     "omegaconf": ("launch/config.py",),
     "wandb": ("distill/dashboard.py",),
-    "deepspeed": ("parallel/optimizer.py",),
+    "deepspeed": ("parallel/deepspeed_engine.py",),
+    "bitsandbytes": ("parallel/eight_bit.py",),
     "datasets": ("distill/", "launch/benchmarks/_trl_peer.py"),
     "pickle": (),
 }

@@ -14,7 +14,8 @@ from distill.rounds import Progress
 from distill.skipping import check_skipped, refuse_not_finite
 from parallel.mesh import Mesh
 from parallel.model import build_stage
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
+from parallel.update_rules import OptimizerOptions
 from tests.families import tiny_config
 
 CONFIG = replace(Config(), train=replace(Config().train, max_skipped_steps=3))
@@ -68,7 +69,7 @@ def test_what_is_not_finite_is_not_saved(name: str) -> None:
     for parameter in stage.parameters():
         torch.nn.init.ones_(parameter)
     rate = LearningRate(peak=1e-3, warmup_steps=0, total_steps=2)
-    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), rate)
+    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OptimizerOptions(), rate)
     refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))
     _, views = optimizer.state()[-1]
     views[name].view(-1)[-1] = float("inf")

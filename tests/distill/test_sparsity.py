@@ -20,9 +20,10 @@ from distill.student_config import Sparsity
 from parallel import checkpoint
 from parallel.mesh import Axis, Mesh
 from parallel.model import build_stage
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.pipeline.actions import Kind
 from parallel.pipeline.p2p import Links
+from parallel.update_rules import OptimizerOptions
 from parallel.weights import INDEX, export_weights, gather_tensor, load_weights
 from tests.equivalence.trajectory import (
     ADAMW,
@@ -38,6 +39,7 @@ from tests.equivalence.trajectory import (
     state_of,
 )
 from tests.families import save_tiny, tiny_config, tiny_model
+from tests.parallel.parts import owned
 from tests.workers import run_distributed
 
 RATE = LearningRate(3e-3, warmup_steps=0, total_steps=20, schedule="constant")
@@ -53,8 +55,8 @@ FAMILY_LAYOUTS = [Case(*shape, "1f1b", "inline", "", 2) for shape in ((1, 1, 2),
 def _masks(optimizer: StageOptimizer) -> dict[str, Tensor]:
     """Return the whole masks of this rank's stages by the name of the weight."""
     return {
-        entry.name: gather_tensor(views["mask"].to(torch.uint8), entry).bool()
-        for entry, views in optimizer.state()
+        slot.entry.name: gather_tensor(slot.view(optimizer.mask).to(torch.uint8), slot.entry).bool()
+        for slot in optimizer.slots
     }
 
 
@@ -63,7 +65,7 @@ def _choose(family: str, folder: Path, case: Case, settings: Sparsity, steps: in
     mesh, config = mesh_of(case), tiny_config(family)
     stage = build_stage(config, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64)
     load_weights(stage, folder)
-    optimizer = StageOptimizer.of_stages([stage], mesh, AdamWOptions(), RATE)
+    optimizer = StageOptimizer.of_stages([stage], mesh, OptimizerOptions(), RATE)
     norms = None
     if settings.method == "wanda":
         text = share_of(batch_of(0), case, mesh)
@@ -171,7 +173,7 @@ def test_weights_that_are_zero_by_themselves_add_nothing_to_the_share(tmp_path: 
     config = tiny_config("llama")
     stage = build_stage(config, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64)
     load_weights(stage, save_tiny(tmp_path, config))
-    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), RATE)
+    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OptimizerOptions(), RATE)
     settings = Sparsity(method="magnitude", schedule="linear", steps=4)
     sparsifier = Sparsifier([stage], optimizer, settings, total_steps=9)
     sparsifier.begin()
@@ -182,7 +184,7 @@ def test_weights_that_are_zero_by_themselves_add_nothing_to_the_share(tmp_path: 
         assert sparsifier.share() == pytest.approx(0.125 * (step + 1), abs=1e-3)
         # As many zeros as are held next, before them in every matrix.
         for slot in optimizer.slots:
-            slot.view(optimizer.master)[:8] = 0
+            slot.entry.parameter.data[:8] = 0
 
 
 def test_a_group_that_tp_cuts_is_refused(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_a_group_that_tp_cuts_is_refused(tmp_path: Path) -> None:
     tp = Axis("tp", size=2, rank=0)
     mesh = replace(Mesh.single(), tp=tp)
     stage = build_stage(config, pp=mesh.pp, tp=tp)
-    optimizer = StageOptimizer.of_stages([stage], mesh, AdamWOptions(), RATE)
+    optimizer = StageOptimizer.of_stages([stage], mesh, OptimizerOptions(), RATE)
     with pytest.raises(
         ConfigError, match=r"2:4 needs groups of 4 inputs, but mesh.tp=2 gives a rank inputs 0 to 22 of"
     ):
@@ -233,8 +235,7 @@ def _train(step: DistillationStep, sparsifier: Sparsifier, steps: range) -> list
     seen = []
     for number in steps:
         stats = step(number)
-        gradient = step.optimizer.flat_grad
-        assert not gradient[step.optimizer.mask].any(), "gradients of what is held would enter the norm"
+        _check_gradients(step.optimizer)
         sparsifier.advance(number)
         _check_held(step.optimizer)
         seen.append((stats.total, stats.grad_norm))
@@ -243,11 +244,20 @@ def _train(step: DistillationStep, sparsifier: Sparsifier, steps: range) -> list
 
 def _check_held(optimizer: StageOptimizer) -> None:
     """Assert that whatever is marked is 0, with the sign of 0, in parameter, master and moments."""
-    for entry, views in optimizer.state():
-        held = views["mask"]
-        for tensor in (entry.parameter.detach(), *views.values()):
-            if tensor is not held:
-                assert not tensor[held].any() and not tensor[held].signbit().any(), entry.name
+    for entry, parts in optimizer.state():
+        held = parts.pop("mask").read()
+        zeros = [entry.parameter.detach().flatten()[held]]
+        zeros += [part.read()[held[part.start : part.stop]] for part in parts.values()]
+        for tensor in zeros:
+            assert not tensor.any() and not tensor.signbit().any(), entry.name
+
+
+def _check_gradients(optimizer: StageOptimizer) -> None:
+    """Assert that no gradient of what is held enters the norm, on the replica that counts it."""
+    for slot in optimizer.slots:
+        gradient, held = (slot.view(flat).flatten() for flat in (optimizer.flat_grad, optimizer.mask))
+        for start, stop in owned(optimizer, slot):
+            assert not gradient[start:stop][held[start:stop]].any(), slot.entry.name
 
 
 def _exported(folder: Path) -> dict[str, Tensor]:
@@ -319,7 +329,7 @@ def test_bf16_parameters_and_their_masters_are_held(tmp_path: Path) -> None:
     case = replace(WIDE, dp=1, tp=1, num_microbatches=ROWS // 2)
     step, sparsifier = _bound(case, folders, Mesh.single(), TRAINED[0], torch.bfloat16)
     _train(step, sparsifier, range(4))
-    assert step.optimizer.flat.dtype == torch.bfloat16 and step.optimizer.master.dtype == torch.float32
+    assert step.optimizer.master(step.optimizer.slots[0]).dtype == torch.float32
     assert 0.3 < sparsifier.share() < 0.6
     step.close()
 
@@ -327,6 +337,6 @@ def test_bf16_parameters_and_their_masters_are_held(tmp_path: Path) -> None:
 def test_nothing_is_allocated_without_sparsity(tmp_path: Path) -> None:
     folders = save_models(tmp_path)
     step = make_step(replace(WIDE, dp=1, tp=1), folders, Mesh.single())
-    assert step.optimizer.mask is None and not any("mask" in views for _, views in step.optimizer.state())
+    assert step.optimizer.mask is None and not any("mask" in parts for _, parts in step.optimizer.state())
     assert ADAMW.clip and step(0).grad_norm > 0
     step.close()

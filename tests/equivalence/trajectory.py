@@ -26,19 +26,20 @@ from distill.step_stats import StepStats
 from parallel.checkpoint import Saver
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage, split_layers
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.pipeline.actions import Plan
 from parallel.pipeline.course import Course
 from parallel.pipeline.fill import fill_teacher
 from parallel.pipeline.p2p import Links, Message
 from parallel.pipeline.schedules import make_plan
 from parallel.pipeline.simulate import Costs
+from parallel.update_rules import OptimizerOptions
 from parallel.weights import gather_tensor, load_weights
 from tests.families import factored_config, save_tiny, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, STEPS = 8, 9, 5
 LOSS = Loss(kind="forward_kl", temperature=2.0, alpha=0.3)
-ADAMW = AdamWOptions(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, clip=0.2)
+ADAMW = OptimizerOptions(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, clip=0.2)
 RATE = LearningRate(peak=1e-3, warmup_steps=2, total_steps=STEPS)
 TEACHER = tiny_config("qwen3", hidden_size=48, num_hidden_layers=5, intermediate_size=40)
 STUDENTS = {
@@ -291,9 +292,9 @@ def train(step: DistillationStep, steps: range) -> list[StepStats]:
 def state_of(step: DistillationStep) -> dict[str, Tensor]:
     """Return copies of this rank's masters, moments and parameters by name."""
     state = {}
-    for entry, views in step.optimizer.state():
+    for entry, parts in step.optimizer.state():
         name = entry.name + ("@tied" if entry.is_tied_copy else "")
-        state |= {f"{key}/{name}": view.clone() for key, view in views.items()}
+        state |= {f"{key}/{name}": part.read().clone() for key, part in parts.items()}
         state[f"parameter/{name}"] = entry.parameter.detach().clone()
     return state
 

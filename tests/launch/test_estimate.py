@@ -54,6 +54,9 @@ def test_the_state_of_the_fullest_rank(teacher: Path, tmp_path: Path) -> None:
     layer = 32 * (64 + 32 + 32) + 64 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8
     both_ends = 2 * 97 * 32
     assert found["state_bytes"] == (4 * layer + both_ends) * (2 + 4 + 4 + 4 + 4 + 2)
+    overrides = ("train.dtype=bfloat16", "mesh.dp=2", "optimizer.name=sgd")
+    shared = run(teacher, tmp_path, f"student.model={teacher}", *overrides)
+    assert shared["state_bytes"] == (4 * layer + both_ends) * (2 + 4 + (4 + 4) / 2 + 2)
 
 
 def test_given_costs_win_and_are_told(

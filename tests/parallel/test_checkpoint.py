@@ -62,10 +62,6 @@ def _differ(step: DistillationStep, expected: dict[str, torch.Tensor]) -> list[s
     return [name for name, value in state.items() if not torch.equal(value, expected[name])]
 
 
-def _adam_steps(step: DistillationStep) -> set[float]:
-    return {float(state["step"]) for state in step.optimizer._adam.state.values()}
-
-
 def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list[list[str]]:
     """Train four steps at once; two, save, restore into a fresh student, two more; return what differs."""
     results = []
@@ -86,7 +82,7 @@ def _interrupted(cases: list[Case], folders: dict[str, str], root: Path) -> list
             "mesh.tp": case.tp,
             "pipeline.virtual_stages": case.virtual_stages,
         }
-        assert _adam_steps(second) == {2.0}
+        assert second.optimizer.num_updates == 2
         differ = _differ(second, saved)
         done += train(second, range(2, 4))
         differ += [f"later {name}" for name in _differ(second, state_of(uninterrupted))]
@@ -107,7 +103,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(folders: dict[str, str], tmp_pat
     }
     assert written["0"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-001-tp-00.safetensors"}
     assert written["1"] == {MANIFEST, "stage-000-tp-00.safetensors", "stage-000-tp-01.safetensors"}
-    assert written["2"] == {MANIFEST, FILE}, "replicas are equal: one writes"
+    second = "stage-000-tp-00-dp-01.safetensors"
+    assert written["2"] == {MANIFEST, FILE, second}, "each replica writes its part"
     assert written["3"] == written["0"], "one file a rank, whatever the number of its stages"
     tied = load_file(tmp_path / "0" / "step-00000002" / "stage-001-tp-00.safetensors")
     assert not any("embed_tokens" in name for name in tied), "one end of a tie writes"
@@ -120,7 +117,7 @@ def test_four_ranks(folders: dict[str, str], tmp_path: Path) -> None:
         replace(SINGLE, pp=2, tp=2, num_microbatches=1),
     ]
     assert run_distributed(4, _interrupted, cases, folders, tmp_path) == [[[], []]] * 4
-    assert len(list((tmp_path / "0" / "step-00000002").iterdir())) == 3
+    assert len(list((tmp_path / "0" / "step-00000002").iterdir())) == 5
     assert len(list((tmp_path / "1" / "step-00000002").iterdir())) == 5
 
 
@@ -222,7 +219,8 @@ def test_a_full_disk_is_met_at_every_file(
     if not whole:
         few = {"weight/a": torch.zeros(3)}
         monkeypatch.setattr(
-            "parallel.checkpoint.write_shards", lambda tensors, shards, path: write_shards(few, {}, path)
+            "parallel.checkpoint.write_shards",
+            lambda tensors, shards, path, spans: write_shards(few, {}, path),
         )
     companions = {"student/tokenizer.json": b"x" * (100 if file == MANIFEST else 3000)}
     before = save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)

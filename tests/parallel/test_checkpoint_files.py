@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parallel.checkpoint_files import CheckpointError, CheckpointFiles, write_shards
+from parallel.checkpoint_files import CheckpointError, CheckpointFiles, Span, write_shards
 from parallel.layers import ShardSpec
 
 WHOLE = torch.arange(60.0).view(12, 5)
@@ -44,6 +44,60 @@ def test_every_slice_of_every_cut(tmp_path: Path, dim: int, pieces: list[tuple[i
             for stop in range(start + 1, full + 1):
                 wanted = WHOLE.narrow(dim, start, stop - start)
                 assert torch.equal(files.read("w", ShardSpec(dim, start, stop, full)), wanted)
+        across = ShardSpec(1 - dim, 1, 4, WHOLE.shape[1 - dim])
+        assert torch.equal(files.read("w", across), WHOLE.narrow(1 - dim, 1, 3)), (
+            "along the dim that is not cut"
+        )
+
+
+def _write_entries(folder: Path, shards: list[ShardSpec], cuts: list[list[tuple[int, int]]]) -> list[Path]:
+    """Write some entries of each shard into a file each, as replicas do."""
+    paths = []
+    for shard, ends in zip(shards, cuts, strict=True):
+        local = WHOLE.narrow(shard.dim, shard.start, shard.stop - shard.start).contiguous()
+        for start, stop in ends:
+            paths.append(folder / f"{len(paths)}.safetensors")
+            spans = {"w": Span(start, tuple(local.shape))}
+            write_shards({"w": local.flatten()[start:stop]}, {"w": shard}, paths[-1], spans)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("shards", "cuts"),
+    [
+        ([ShardSpec(0, 0, 12, 12)], [[(0, 7), (7, 33), (33, 60)]]),
+        ([ShardSpec(0, 0, 5, 12), ShardSpec(0, 5, 12, 12)], [[(11, 25), (0, 11)], [(0, 35)]]),
+        ([ShardSpec(1, 0, 2, 5), ShardSpec(1, 2, 5, 5)], [[(0, 5), (5, 24)], [(0, 20), (14, 36)]]),
+    ],
+    ids=["replicas", "rows and replicas", "columns and replicas"],
+)
+def test_replicas_parts_fit_every_layout(
+    tmp_path: Path, shards: list[ShardSpec], cuts: list[list[tuple[int, int]]]
+) -> None:
+    with CheckpointFiles(_write_entries(tmp_path, shards, cuts)) as files:
+        assert files.shape("w") == (12, 5) and torch.equal(files.read("w"), WHOLE)
+        for shard in (None, ShardSpec(0, 3, 8, 12), ShardSpec(1, 1, 4, 5)):
+            wanted = (
+                WHOLE if shard is None else WHOLE.narrow(shard.dim, shard.start, shard.stop - shard.start)
+            )
+            assert torch.equal(files.read("w", shard), wanted)
+            flat = wanted.flatten()
+            for start in range(0, flat.numel(), 3):
+                for stop in range(start + 1, flat.numel() + 1, 2):
+                    assert torch.equal(files.read_entries("w", shard, start, stop), flat[start:stop])
+
+
+def test_a_part_that_is_missing_or_impossible_is_named(tmp_path: Path) -> None:
+    shard = ShardSpec(0, 0, 12, 12)
+    with CheckpointFiles(_write_entries(tmp_path, [shard], [[(0, 20), (30, 60)]])) as files:
+        assert torch.equal(files.read_entries("w", None, 31, 60), WHOLE.flatten()[31:])
+        with pytest.raises(CheckpointError, match="no file holds entries 20 to 60 of 'w'"):
+            files.read("w")
+    path = tmp_path / "x.safetensors"
+    for tensor, span in ((WHOLE, Span(0, (12, 5))), (torch.ones(9), Span(52, (12, 5)))):
+        write_shards({"w": tensor}, {"w": shard}, path, {"w": span})
+        with CheckpointFiles([path]) as files, pytest.raises(CheckpointError, match="its header says Span"):
+            files.read("w")
 
 
 def test_a_whole_tensor_is_cut_along_any_dim(tmp_path: Path) -> None:
@@ -60,8 +114,6 @@ def test_what_is_not_there_or_contradicts_itself_is_named(tmp_path: Path) -> Non
         assert torch.equal(files.read("w", ShardSpec(0, 7, 9, 12)), WHOLE[7:9])
         with pytest.raises(CheckpointError, match="has the tensor 'v'"):
             files.read("v")
-        with pytest.raises(CheckpointError, match="is cut along dim 0, not 1"):
-            files.read("w", ShardSpec(1, 0, 2, 5))
         with pytest.raises(CheckpointError, match="needed up to 13 of dim 0"):
             files.read("w", ShardSpec(0, 0, 13, 13))
     path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
@@ -69,6 +121,13 @@ def test_what_is_not_there_or_contradicts_itself_is_named(tmp_path: Path) -> Non
     with (
         CheckpointFiles([path]) as files,
         pytest.raises(CheckpointError, match=r"a.safetensors: 'w' is \[5, 5\]"),
+    ):
+        files.read("w")
+    write_shards({"w": WHOLE[:5].contiguous()}, {"w": ShardSpec(0, 0, 5, 12)}, path)
+    write_shards({"w": WHOLE[:, :2].contiguous()}, {"w": ShardSpec(1, 0, 2, 5)}, other)
+    with (
+        CheckpointFiles([path, other]) as files,
+        pytest.raises(CheckpointError, match=r"'w' is cut along dims \[0, 1\]"),
     ):
         files.read("w")
     save_file({"w": WHOLE}, path)
@@ -134,3 +193,25 @@ def test_other_types_are_named(name: str, tensor: torch.Tensor, tmp_path: Path) 
     save_file({name: tensor}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=f"a.safetensors cannot be read: '{name}' is of the type"):
         CheckpointFiles([tmp_path / "a.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "no mapping"),
+        ('{"v": [0, 1]}', "places 'v', which is not in it"),
+        *(
+            (f'{{"w": {place}}}', "has 'w' from")
+            for place in ("3", "{}", "[0]", '["a", 0]', "[-1, 60]", "[0, true]", "[0.0, 3]")
+        ),
+    ],
+)
+def test_headers_of_parts_that_say_impossible_things_are_named(
+    tmp_path: Path, header: str, words: str
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": WHOLE.flatten()}, path, metadata={"spans": header})
+    with pytest.raises(CheckpointError, match="w.safetensors cannot be read") as caught:
+        CheckpointFiles([path])
+    assert words in str(caught.value)

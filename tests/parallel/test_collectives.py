@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel.collectives import (
     all_gather,
     all_reduce_,
     broadcast_object,
     copy_to_tp,
+    gather_from_owners_,
     gather_from_tp,
     gather_objects,
     reduce_from_tp,
+    reduce_to_owners_,
     shard_range,
     shard_sizes,
     split_to_tp,
@@ -27,6 +30,27 @@ def test_shards_cover_every_size_once() -> None:
             covered = [i for index in range(count) for i in range(*shard_range(size, count, index))]
             assert covered == list(range(size))
             assert max(shard_sizes(size, count)) - min(shard_sizes(size, count)) <= 1
+
+
+def _to_owners_and_back(axis: Axis) -> None:
+    """Reduce to owners and gather from them, on gloo and as on any other backend."""
+    own, backend = slice(2 * axis.rank, 2 * axis.rank + 2), dist.get_backend
+    total = torch.arange(6.0) * 6
+    for name in ("gloo", "another"):
+        dist.get_backend = lambda group, name=name: name
+        try:
+            flats = [torch.arange(6.0) * (axis.rank + 1) + shift for shift in (0, 1)]
+            for flat in flats:
+                reduce_to_owners_(flat, axis)
+            assert torch.equal(flats[0][own], total[own]) and torch.equal(flats[1][own], total[own] + 3)
+            gather_from_owners_(flats, axis)
+            assert torch.equal(flats[0], total) and torch.equal(flats[1], total + 3)
+        finally:
+            dist.get_backend = backend
+    alone = torch.ones(3)
+    reduce_to_owners_(alone, Axis("dp"))
+    gather_from_owners_([alone], Axis("dp"))
+    assert torch.equal(alone, torch.ones(3))
 
 
 def _boundaries() -> None:
@@ -57,6 +81,7 @@ def _boundaries() -> None:
     total.sum().backward()
     assert torch.equal(y.grad, torch.ones(3)), "the gradient of a replicated sum must not be summed again"
     assert torch.equal(y.detach(), torch.full((3,), rank + 1.0)), "the input must not be reduced in place"
+    _to_owners_and_back(tp)
 
     rows = torch.full((sizes[rank], 2), float(rank))
     assert all_gather(rows, tp, dim=0, sizes=sizes).shape == (7, 2)

@@ -17,13 +17,15 @@ from parallel import buckets
 from parallel.background import Background
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.pipeline.stage import TrainStage
+from parallel.update_rules import OptimizerOptions
 from parallel.weights import gather_tensor, load_weights
 from tests.families import save_tiny, tiny_config, tiny_model
+from tests.parallel.parts import whole_gradients
 from tests.workers import run_distributed
 
-OPTIONS = AdamWOptions(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3, clip=0.05)
+OPTIONS = OptimizerOptions(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3, clip=0.05)
 RATE = LearningRate(peak=0.01, warmup_steps=2, total_steps=6)
 
 
@@ -64,8 +66,8 @@ def test_five_steps_equal_torch_with_clipping_active(tmp_path: Path) -> None:
         reference.step()
         assert expected > OPTIONS.clip
         torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
-    for entry, views in optimizer.state():
-        assert torch.equal(views["weight"], entry.parameter)
+    for entry, parts in optimizer.state():
+        assert torch.equal(parts["weight"].read(), entry.parameter.detach().flatten())
         torch.testing.assert_close(
             entry.parameter.detach(), model.get_parameter(entry.name).detach(), rtol=1e-9, atol=1e-12
         )
@@ -74,16 +76,18 @@ def test_five_steps_equal_torch_with_clipping_active(tmp_path: Path) -> None:
 def test_bf16_parameters_follow_a_float32_master(tmp_path: Path) -> None:
     _, stage = _stage(tmp_path, torch.bfloat16)
     optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OPTIONS, LearningRate(1e-5, 0, 10))
-    before = optimizer.master.clone()
+    before = [optimizer.master(slot).clone() for slot in optimizer.slots]
     for step in range(3):
         optimizer.zero_grad()
         optimizer.flat_grad.fill_(0.01)
         optimizer.reduce(0)
         optimizer.step(step, optimizer.norm())
         optimizer.gather()
-    assert optimizer.flat_grad.dtype == optimizer.master.dtype == torch.float32
-    assert not torch.equal(optimizer.master, before)
-    assert torch.equal(optimizer.flat, optimizer.master.bfloat16())
+    assert optimizer.flat_grad.dtype == torch.float32
+    for slot, old in zip(optimizer.slots, before, strict=True):
+        master = optimizer.master(slot)
+        assert master.dtype == torch.float32 and not torch.equal(master, old)
+        assert torch.equal(slot.entry.parameter.detach(), master.bfloat16())
 
 
 def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path) -> None:
@@ -105,11 +109,11 @@ def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path)
     held = {name: torch.zeros_like(model.get_parameter(name), dtype=torch.bool) for name in names}
     for step in range(5):
         if step in (0, 2):
-            for entry, views in optimizer.state():
+            for entry, parts in optimizer.state():
                 if entry.name in held:
                     parameter = model.get_parameter(entry.name)
                     held[entry.name] |= torch.rand(parameter.shape) < 0.4
-                    views["mask"].copy_(held[entry.name])
+                    parts["mask"].write(held[entry.name])
                     for tensor in (parameter.data, *reference.state[parameter].values()):
                         if tensor.ndim:
                             tensor[held[entry.name]] = 0
@@ -130,11 +134,12 @@ def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path)
             group["lr"] = rate
         reference.step()
         torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
-    for entry, views in optimizer.state():
+    for entry, parts in optimizer.state():
         parameter = model.get_parameter(entry.name)
         torch.testing.assert_close(entry.parameter.detach(), parameter.detach(), rtol=1e-9, atol=1e-12)
-        assert not any(view[views["mask"]].any() for name, view in views.items() if name != "mask")
-        assert bool(views["mask"].any()) == (entry.name in held)
+        mask = parts.pop("mask").read()
+        assert not any(part.read()[mask].any() for part in parts.values())
+        assert bool(mask.any()) == (entry.name in held)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -148,7 +153,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, tmp_path: P
         optimizer.reduce(0)
         assert optimizer.step(number, optimizer.norm()) == RATE.at(number)
         optimizer.gather()
-        return [view.clone() for _, views in optimizer.state() for view in views.values()]
+        return [part.read().clone() for _, parts in optimizer.state() for part in parts.values()]
 
     before = step(6, 0.5)
     assert optimizer.num_updates == 1
@@ -314,10 +319,7 @@ class _Rank:
             beside.submit(partial(optimizer.reduce, chunk))
         norm = beside.submit(optimizer.norm).result()
         beside.close()
-        gradients = {
-            _key(entry): gather_tensor(entry.parameter.main_grad, entry).clone()
-            for entry, _ in optimizer.state()
-        }
+        gradients = whole_gradients(optimizer)
         optimizer.step(step, norm)
         optimizer.gather()
         return norm.item(), gradients
@@ -441,16 +443,15 @@ def _large_allocations(work: Callable[[], object]) -> list[int]:
 
 
 def _buffers(optimizer: StageOptimizer) -> list[Tensor]:
-    return [optimizer.flat, optimizer.master, optimizer.flat_grad, *optimizer._moments.values()]
+    stores = optimizer._engine.stores.values()
+    return [optimizer._buffers.flat, optimizer.flat_grad, *(store.flat for store in stores)]
 
 
 def _places(optimizer: StageOptimizer) -> list[int]:
     """Return where everything lies: buffers, parameters, their gradients, masters and moments."""
     tensors = _buffers(optimizer)
-    for entry, views in optimizer.state():
-        # The mask is not computed with: a byte an entry, it lies on 32 bytes.
-        views.pop("mask", None)
-        tensors += [entry.parameter, entry.parameter.main_grad, *views.values()]
+    for entry, parts in optimizer.state():
+        tensors += [entry.parameter, entry.parameter.main_grad, *(part.read() for part in parts.values())]
     return [tensor.data_ptr() for tensor in tensors]
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
-from parallel.optimizer import AdamWOptions, LearningRate, StageOptimizer
+from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.pipeline.stage import ForwardStage, TrainStage
 from parallel.recompute import Recompute
+from parallel.update_rules import OptimizerOptions
 from parallel.weights import load_weights, parameter_table
 from tests.families import FAMILIES as ALL_FAMILIES
 from tests.families import save_tiny, tiny_config, tiny_model
@@ -37,7 +38,7 @@ def _stages(family: str, folder: Path, tp: Axis, **options: object) -> list[Stag
 
 def _flat_gradients(stage: StageModel) -> None:
     """Let the gradients gather in an optimizer's flat buffer, as in training."""
-    StageOptimizer.of_stages([stage], Mesh.single(), AdamWOptions(), LearningRate(1.0, 0, 1))
+    StageOptimizer.of_stages([stage], Mesh.single(), OptimizerOptions(), LearningRate(1.0, 0, 1))
 
 
 def _gradients(stages: list[StageModel]) -> dict[str, Tensor]:
