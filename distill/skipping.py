@@ -50,8 +50,10 @@ def refuse_not_finite(optimizer: StageOptimizer, mesh: Mesh, progress: Progress)
         RunFailed: there are some, on every rank alike.
     Collectives: an all-reduce over the world.
     """
-    views = [view for _, views in optimizer.state() for view in views.values()]
-    bad = torch.stack([~view.isfinite().all() for view in views]).any().to(torch.int32)
+    bad = torch.zeros((), dtype=torch.int32, device=mesh.device)
+    for _, parts in optimizer.state():
+        for part in parts.values():
+            bad |= (~part.read().isfinite().all()).to(bad)
     all_reduce_(bad, mesh.world, op="max")
     if bad:
         raise RunFailed(
