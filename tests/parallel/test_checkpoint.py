@@ -219,7 +219,8 @@ def test_a_full_disk_is_met_at_every_file(
     if not whole:
         few = {"weight/a": torch.zeros(3)}
         monkeypatch.setattr(
-            "parallel.checkpoint.write_shards", lambda tensors, shards, path, spans: write_shards(few, {}, path)
+            "parallel.checkpoint.write_shards",
+            lambda tensors, shards, path, spans: write_shards(few, {}, path),
         )
     companions = {"student/tokenizer.json": b"x" * (100 if file == MANIFEST else 3000)}
     before = save_now(tmp_path, 1, step.optimizer, step.mesh, extras={}, keep=1)
@@ -243,7 +244,7 @@ def _fails_on_one(folders: dict[str, str], root: Path, failing: int, function: s
     with Saver(root, step.optimizer, mesh, keep=2) as saver, pytest.MonkeyPatch.context() as patch:
 
         def fail(*given: Any) -> None:
-            path = given[-1]
+            path = next(each for each in given if isinstance(each, Path))
             (path if path.suffix == ".safetensors" else path / MANIFEST).write_bytes(b"half")
             raise OSError(errno.EIO, "Input/output error", str(path))
 
