@@ -24,11 +24,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
     """Let the checkpoints of some steps meet a full disk, when half of a file is written."""
     write = checkpoint.write_shards
 
-    def stand_in(tensors: Any, shards: Any, path: Path) -> Any:
+    def stand_in(tensors: Any, shards: Any, path: Path, spans: Any) -> Any:
         if any(path.parent.name.startswith(f"step-{step:08d}") for step in steps):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(tensors, shards, path)
+        return write(tensors, shards, path, spans)
 
     monkeypatch.setattr(checkpoint, "write_shards", stand_in)
 

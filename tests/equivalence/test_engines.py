@@ -289,8 +289,8 @@ def test_any_layout_and_stage_goes_on_from_any_other(folder: Path, tmp_path: Pat
     files = {path.name for path in _saved(tmp_path / "0")[1].iterdir()}
     assert files == {
         "manifest.json",
-        "stage-000-dp-00-tp-00.safetensors",
-        "stage-000-dp-01-tp-00.safetensors",
+        "stage-000-tp-00.safetensors",
+        "stage-000-tp-00-dp-01.safetensors",
     }
 
 

@@ -103,7 +103,11 @@ def go_on(
         verify(folder, mesh)
         restore(folder, step.optimizer, mesh)
         held = torch.stack(
-            [view["mask"].any() for _, view in step.optimizer.state() if view["weight"].ndim > 1]
+            [
+                slot.view(step.optimizer.mask).any()
+                for slot in step.optimizer.slots
+                if slot.entry.parameter.ndim > 1
+            ]
         )
         assert held.any(), f"{source} brought no mask"
         found.append(train_losses(step, range(DONE, DONE + MORE)))

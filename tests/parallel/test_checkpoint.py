@@ -244,7 +244,7 @@ def _fails_on_one(folders: dict[str, str], root: Path, failing: int, function: s
     with Saver(root, step.optimizer, mesh, keep=2) as saver, pytest.MonkeyPatch.context() as patch:
 
         def fail(*given: Any) -> None:
-            path = given[-1]
+            path = next(each for each in given if isinstance(each, Path))
             (path if path.suffix == ".safetensors" else path / MANIFEST).write_bytes(b"half")
             raise OSError(errno.EIO, "Input/output error", str(path))
 
