@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,22 +15,30 @@ from launch.environment import USER_ERROR
 from tests.launch.schedulers import KUBERNETES, ROOT, container, job, pod_environment, read_call
 
 
+def pod(index: int, folder: Path, python: str, *, finished: bool) -> subprocess.CompletedProcess[str]:
+    """Run a pod's command with a shell script in place of the interpreter, in a run folder with that summary."""
+    (folder / "summary.json").write_text(json.dumps({"finished": finished}, indent=2))
+    (folder / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
+    (folder / "python").chmod(0o700)
+    places = {"RUN_ARGS": folder / "run.args", "PYTHON": folder / "python", "RUN_DIR": folder}
+    return subprocess.run(
+        [*container()["command"], *container()["args"]],
+        cwd=ROOT,
+        env=pod_environment(index, **{name: str(path) for name, path in places.items()}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_pod_starts_the_main_job(index: int, tmp_path: Path) -> None:
     (tmp_path / "run.args").write_text(
         "# a run\nteacher=embedded\n\ndata=pydoc\nrounds=[{train: {steps: 2}}, {}]\n"
     )
-    (tmp_path / "python").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$0" "$@"\n')
-    (tmp_path / "python").chmod(0o700)
-    done = subprocess.run(
-        [*container()["command"], *container()["args"]],
-        cwd=ROOT,
-        env=pod_environment(index, RUN_ARGS=str(tmp_path / "run.args"), PYTHON=str(tmp_path / "python")),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = pod(index, tmp_path, r'printf "%s\0" "$0" "$@"', finished=True)
+    assert done.returncode == 0
     call = read_call(done.stdout.split("\0")[:-1], world_size=16)
     assert call.module == "launch.distill"
     assert call.launcher == {
@@ -42,9 +51,27 @@ def test_a_pod_starts_the_main_job(index: int, tmp_path: Path) -> None:
         "local-addr": f"reflux-{index}.reflux",
         "max-restarts": "3",
     }
-    assert call.config.run.dir == "/shared/runs/reflux" and call.config.checkpoint.resume == "auto"
+    assert call.config.run.dir == str(tmp_path) and call.config.checkpoint.resume == "auto"
     assert call.config.log.health_port == 8080 and call.config.log.health_host == "0.0.0.0"
     assert len(call.config.rounds) == 2 and call.config.mesh.dp == 16
+
+
+@pytest.mark.parametrize(
+    ("python", "finished", "code"),
+    [
+        ("exit 0", True, 0),
+        ("exit 0", False, 75),
+        ("exit 2", False, 2),
+        # The pod is evicted while the launcher runs, which saves and leaves.
+        ("trap 'exit 0' TERM; kill -TERM $PPID; sleep 20 & wait", False, 75),
+        ("trap 'exit 3' TERM; kill -TERM $PPID; sleep 20 & wait", False, 3),
+    ],
+)
+def test_a_pod_whose_run_is_not_finished_has_not_completed(
+    python: str, finished: bool, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "run.args").write_text("teacher=embedded\n")
+    assert pod(0, tmp_path, python, finished=finished).returncode == code
 
 
 def test_the_parts_fit_each_other() -> None:
@@ -68,7 +95,11 @@ def test_the_parts_fit_each_other() -> None:
     assert ports == {"rendezvous": 29400, "health": int(environment["HEALTH_PORT"])}
     assert pod["terminationGracePeriodSeconds"] > int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert {each["name"] for each in container()["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
-    mistakes = spec["podFailurePolicy"]["rules"][0]
+    mistakes, stopped, _ = spec["podFailurePolicy"]["rules"]
+    assert (
+        stopped["action"] == "Ignore"
+        and f"code={stopped['onExitCodes']['values'][0]}" in container()["args"][0]
+    )
     assert mistakes["action"] == "FailJob" and mistakes["onExitCodes"]["values"] == [USER_ERROR]
     assert mistakes["onExitCodes"]["containerName"] == container()["name"] and pod["restartPolicy"] == "Never"
 
