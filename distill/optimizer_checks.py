@@ -72,11 +72,7 @@ def _check_stage(flat: dict[str, Any]) -> None:
 
 
 def _check_dtype(flat: dict[str, Any]) -> None:
-    engine, stage, dtype = (flat[key] for key in ("optimizer.engine", "optimizer.zero_stage", "train.dtype"))
-    if dtype == "float64" and engine == "deepspeed":
-        raise ConfigError(
-            "optimizer.engine=deepspeed keeps float32 masters, but train.dtype=float64; use torch"
-        )
+    stage, dtype = flat["optimizer.zero_stage"], flat["train.dtype"]
     if dtype == "float64" and flat["optimizer.name"] == "adamw8bit":
         raise ConfigError("optimizer.name=adamw8bit computes in float32, but train.dtype=float64; use adamw")
     if dtype == "bfloat16" and stage == 2:

@@ -3,7 +3,7 @@
 Decides that DeepSpeed reduces gradients over dp, cuts masters and state over the replicas, updates and gathers; its engine,
 which would own the loop, is not used. Its parameters are the runs of our flat buffers, one group that decays and one that
 does not, each padded so that every replica's partition is whole blocks of `ALIGNED` elements. Gradients stay summed in
-our flat buffer over all micro-batches, in float32, and DeepSpeed takes them once a step, after every backward: so any
+our flat buffer over all micro-batches, in the main dtype, and DeepSpeed takes them once a step, after every backward: so any
 schedule goes, stage 2 included (there it reduces to owners where stage 1 sums everywhere), but stage 2 frees no
 gradient of ours. Norm and clipping are ours, since its float32 norm of a long run is off by up to 1e-3.
 
@@ -239,7 +239,7 @@ def _zero_optimizer(
     groups = [{"params": [each.parameter for each in placed if each.group == group]} for group in range(2)]
     where = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=mesh.device.type == "cuda")
     with torch.enable_grad():
-        return DeepSpeedZeroOptimizer(
+        zero = _with_masters_in(main_dtype, DeepSpeedZeroOptimizer)(
             torch.optim.SGD([group for group in groups if group["params"]], lr=0.0),
             {each.parameter: f"run {number}" for number, each in enumerate(placed)},
             NoopTimer(),
@@ -249,7 +249,7 @@ def _zero_optimizer(
             reduce_bucket_size=_BUCKET_NUMEL,
             use_multi_rank_bucket_allreduce=False,
             dp_process_group=mesh.gradients.dp.group or _group_of_one(),
-            reduce_scatter=options.zero_stage == 2,
+            reduce_scatter=False,
             offload_optimizer_config=where if options.offload else None,
             gradient_accumulation_dtype=main_dtype,
             communication_data_type=main_dtype,
@@ -257,6 +257,20 @@ def _zero_optimizer(
             partition_grads=options.zero_stage == 2,
             check_grad_overflow=False,
         )
+    # Its constructor refuses this in float64, though gloo and NCCL reduce that to owners as well as float32.
+    zero.reduce_scatter = options.zero_stage == 2
+    return zero
+
+
+def _with_masters_in(main_dtype: torch.dtype, zero_optimizer: type) -> type:
+    """Return DeepSpeed's optimizer with masters in the main dtype: its own are float32, whatever the parameters are."""
+
+    class WithMasters(zero_optimizer):
+        def _configure_master_weights(self, **settings: Any) -> torch.dtype:
+            super()._configure_master_weights(**settings)
+            return main_dtype
+
+    return WithMasters
 
 
 def _prepare(device: torch.device) -> None:

@@ -101,6 +101,8 @@ class Case:
     """Layers on each stage; None evens them out."""
     bucket_bytes: int = 25 * 1024**2
     """Of gradients that are reduced in one piece."""
+    engine: str = "torch"
+    """What reduces gradients and updates the weights."""
 
     @property
     def split(self) -> Split:
@@ -264,7 +266,7 @@ def make_step(
         optimizer=StageOptimizer.of_stages(
             students,
             mesh,
-            ADAMW,
+            replace(ADAMW, engine=case.engine),
             rate,
             bucket_bytes=case.bucket_bytes,
             beside=hidden.entries if hidden else None,
