@@ -1,4 +1,4 @@
-"""Any layout resumes any other: the five steps that follow are those of a run which nobody interrupted, float64, to 1e-9.
+"""Any layout and engine resumes any other: the five steps that follow are those of an uninterrupted run, float64, to 1e-9.
 
 Every source writes one checkpoint. Every target is built once, and restores all sources in turn into the same optimizer, so
 that whatever one leaves behind must be overwritten by the next. A quarter of the students' weights is held at zero, by a mask
@@ -40,6 +40,10 @@ HELD = Sparsity(method="magnitude", ratio=0.25)
 TOLERANCE = 1e-9
 ENGINES = ("torch", "deepspeed")
 """What updates the weights (`optimizer.engine`)."""
+Source = tuple[str, str]
+"""Engine and layout of a checkpoint, or of who goes on from it."""
+FIRST: Source = ("torch", "pp1-dp1-tp1")
+"""The one process whose later losses all others must have."""
 
 
 def case_of(layout: tuple[int, int, int], **other: object) -> Case:
@@ -58,7 +62,7 @@ def case_of(layout: tuple[int, int, int], **other: object) -> Case:
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2), (2, 2, 1), (1, 2, 2)]
 CASES = {layout_name(layout): case_of(layout) for layout in SPLITS}
 CASES["pp2-v2"] = case_of((2, 1, 1), virtual_stages=2, schedule="interleaved")
-FAST = {"pp1-dp1-tp1", "pp2-dp1-tp1", "pp1-dp1-tp2"}
+FAST = ("pp1-dp1-tp1", "pp1-dp1-tp2", "pp2-dp1-tp1")
 """Layouts of the pairs that are always tested; all others are slow."""
 
 
@@ -76,29 +80,30 @@ def train_losses(step: DistillationStep, steps: range) -> list[list[float]]:
 
 
 def write_sources(names: Sequence[str], engine: str, root: Path, folders: dict[str, str]) -> None:
-    """Take the first steps in each layout, save, and let one process go on for the losses that all must have."""
+    """Take the first steps in each layout, save, and let the first of all go on for the losses that all must have."""
     for name in names:
         mesh = mesh_of(CASES[name])
         step = build(name, engine, folders, mesh)
         Sparsifier(step.student_models, step.optimizer, HELD, total_steps=DONE + MORE).begin()
         train(step, range(DONE))
         save_now(root / engine / name, DONE, step.optimizer, mesh, extras={}, keep=1)
-        if mesh.world.size == 1:
+        if (engine, name) == FIRST:
             later = train_losses(step, range(DONE, DONE + MORE))
             (root / "losses.json").write_text(json.dumps(later))
         step.close()
 
 
 def go_on(
-    target: str, engine: str, sources: Sequence[tuple[str, str]], root: Path, folders: dict[str, str]
+    target: Source, sources: Sequence[Source], root: Path, folders: dict[str, str]
 ) -> list[list[list[float]]]:
-    """Go on from each source (engine, layout) in one layout; return the losses after each."""
-    mesh = mesh_of(CASES[target])
-    step = build(target, engine, folders, mesh)
+    """Go on from each source with one engine in one layout; return the losses after each."""
+    engine, name = target
+    mesh = mesh_of(CASES[name])
+    step = build(name, engine, folders, mesh)
     step.optimizer.make_mask()
     found = []
-    for writer, source in sources:
-        folder = folder_of(root / writer / source, DONE)
+    for source in sources:
+        folder = folder_of(root.joinpath(*source), DONE)
         verify(folder, mesh)
         restore(folder, step.optimizer, mesh)
         held = torch.stack(
@@ -125,60 +130,59 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-def ask_for(names: Sequence[str], root: Path, folders: dict[str, str]) -> None:
-    """Write the sources that are not there yet, all layouts of one size in one launch."""
-    for engine in ENGINES:
-        missing = [name for name in names if not (root / engine / name).is_dir()]
-        for size in sorted({world_size(name) for name in missing}):
-            some = [name for name in missing if world_size(name) == size]
-            if size == 1:
-                write_sources(some, engine, root, folders)
-            else:
-                run_distributed(size, write_sources, some, engine, root, folders, timeout_s=300)
+def ask_for(sources: Sequence[Source], root: Path, folders: dict[str, str]) -> None:
+    """Write the sources that are not there yet, all layouts of one engine and size in one launch."""
+    launches: dict[tuple[str, int], list[str]] = {}
+    for engine, name in sources:
+        if not (root / engine / name).is_dir():
+            launches.setdefault((engine, world_size(name)), []).append(name)
+    for (engine, size), names in sorted(launches.items()):
+        run_distributed(size, write_sources, names, engine, root, folders, timeout_s=300)
 
 
-def check(target: str, names: Sequence[str], root: Path, folders: dict[str, str]) -> None:
-    """Go on in one layout from each of the others (and itself), and compare with the run that nobody interrupted."""
-    ask_for(["pp1-dp1-tp1", *(name for name in names if name != "pp1-dp1-tp1")], root, folders)
+def check(target: Source, sources: Sequence[Source], root: Path, folders: dict[str, str]) -> None:
+    """Go on from each source, and compare with the run that nobody interrupted."""
+    ask_for([*dict.fromkeys([FIRST, *sources])], root, folders)
     expected = json.loads((root / "losses.json").read_text())
-    for engine in ENGINES:
-        sources = [(writer, name) for writer in ENGINES for name in names]
-        size = world_size(target)
-        if size == 1:
-            ranks = [go_on(target, engine, sources, root, folders)]
-        else:
-            ranks = run_distributed(size, go_on, target, engine, sources, root, folders, timeout_s=600)
-        for found in ranks:
-            for source, losses in zip(sources, found, strict=True):
-                assert losses == [pytest.approx(step, rel=TOLERANCE, abs=TOLERANCE) for step in expected], (
-                    f"{engine} {target} from {source}"
-                )
+    for found in run_distributed(world_size(target[1]), go_on, target, sources, root, folders, timeout_s=600):
+        for source, losses in zip(sources, found, strict=True):
+            assert losses == [pytest.approx(step, rel=TOLERANCE, abs=TOLERANCE) for step in expected], (
+                f"{target} from {source}"
+            )
 
 
-@pytest.mark.parametrize("target", sorted(FAST))
+@pytest.mark.parametrize("target", FAST)
 def test_some_layouts_go_on_from_each_other(target: str, root: Path, folders: dict[str, str]) -> None:
-    check(target, sorted(FAST), root, folders)
+    check(("torch", target), [("torch", name) for name in FAST], root, folders)
+
+
+def test_either_engine_goes_on_from_the_other(root: Path, folders: dict[str, str]) -> None:
+    own, theirs = ("torch", "pp2-dp1-tp1"), ("deepspeed", "pp1-dp2-tp1")
+    check(own, [theirs], root, folders)
+    check(theirs, [own], root, folders)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", CASES)
-def test_any_layout_goes_on_from_any_other(target: str, root: Path, folders: dict[str, str]) -> None:
-    check(target, list(CASES), root, folders)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_layout_and_engine_goes_on_from_any_other(
+    engine: str, name: str, root: Path, folders: dict[str, str]
+) -> None:
+    check((engine, name), [(writer, source) for writer in ENGINES for source in CASES], root, folders)
 
 
 def test_the_losses_are_not_those_of_a_run_without_moments_or_mask(
     root: Path, folders: dict[str, str]
 ) -> None:
     """What makes the comparison above worth something: a checkpoint that brings less is seen."""
-    name = "pp1-dp1-tp1"
-    ask_for([name], root, folders)
+    ask_for([FIRST], root, folders)
     expected = json.loads((root / "losses.json").read_text())
-    step = build(name, "torch", folders, Mesh.single())
+    step = build(FIRST[1], FIRST[0], folders, Mesh.single())
     step.optimizer.make_mask()
-    restore(folder_of(root / "torch" / name, DONE), step.optimizer, step.mesh)
+    restore(folder_of(root.joinpath(*FIRST), DONE), step.optimizer, step.mesh)
     step.optimizer.reset_moments()
     without_moments = train_losses(step, range(DONE, DONE + MORE))
-    restore(folder_of(root / "torch" / name, DONE), step.optimizer, step.mesh)
+    restore(folder_of(root.joinpath(*FIRST), DONE), step.optimizer, step.mesh)
     step.optimizer.mask.zero_()
     without_mask = train_losses(step, range(DONE, DONE + MORE))
     step.close()
