@@ -25,8 +25,8 @@ from parallel.flat_state import Part, PlainStore, Store
 from parallel.mesh import Mesh
 from parallel.update_rules import OptimizerOptions, Range, Updater, make_updater
 
-_ROWS = 512
-"""Rows of the norm that are added at once: what is allocated for them stays small."""
+_ROWS = 65_536
+"""Rows of the norm that are added at once: few kernels, and what is allocated for them stays below a megabyte."""
 
 
 class TorchEngine:

@@ -66,8 +66,8 @@ def test_a_full_disk_costs_a_checkpoint_and_at_the_end_the_exit_code(
 def test_a_stop_that_cannot_be_saved_is_said(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agree = train._agree
-    monkeypatch.setattr(train, "_agree", lambda mesh, stop: (True, agree(mesh, stop)[1]))
+    agree = train.agree
+    monkeypatch.setattr(train, "agree", lambda mesh, stop: (True, agree(mesh, stop)[1]))
     refuse(monkeypatch, (1,))
     done = call(distill.COMMAND, inputs.settings(tmp_path))
     assert done.code == 1 and len(done.errors) == 1 and "stopped after" not in done.out

@@ -63,8 +63,8 @@ def test_a_pod_starts_the_main_job(index: int, tmp_path: Path) -> None:
         ("exit 0", False, 75),
         ("exit 2", False, 2),
         # The pod is evicted while the launcher runs, which saves and leaves.
-        ("trap 'exit 0' TERM; kill -TERM $PPID; sleep 20 & wait", False, 75),
-        ("trap 'exit 3' TERM; kill -TERM $PPID; sleep 20 & wait", False, 3),
+        ("trap 'exit 0' TERM; kill -TERM $PPID; sleep 20 >&- 2>&- & wait", False, 75),
+        ("trap 'exit 3' TERM; kill -TERM $PPID; sleep 20 >&- 2>&- & wait", False, 3),
     ],
 )
 def test_a_pod_whose_run_is_not_finished_has_not_completed(

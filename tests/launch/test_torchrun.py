@@ -16,6 +16,8 @@ rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_CO
 open(f"{sys.argv[2]}/{attempt}-{rank}", "w").close()
 if sys.argv[1] == "fails":
     if attempt == 0 and rank == 1:
+        while not os.path.exists(f"{sys.argv[2]}/0-0"):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     if attempt == 1 and rank == 1:
         sys.exit(2)
