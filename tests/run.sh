@@ -8,5 +8,9 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-cache
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest -m "not slow" "$@"
+fi
 # Two files at a time: most tests keep one core busy.
-exec .venv/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile "$@"
+.venv/bin/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
+exec .venv/bin/python -m pytest -m "alone and not slow"

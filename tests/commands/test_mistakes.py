@@ -253,6 +253,7 @@ def test_two_ranks_tell_every_kind_of_mistake_once(
     assert done.err.splitlines()[-1] == done.errors[0]
 
 
+@pytest.mark.slow
 def test_a_loss_that_stays_nan_ends_all_ranks(inputs: Inputs, tmp_path: Path) -> None:
     overrides = ["optimizer.lr=1e30", "mesh.pp=2", "checkpoint.every=1", "train.max_skipped_steps=3"]
     done = start("launch.distill", inputs.settings(tmp_path, *overrides), num_ranks=2).end()

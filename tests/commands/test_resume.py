@@ -108,6 +108,7 @@ def test_ctrl_c_with_two_stages(inputs: Inputs, long: Path, tmp_path: Path) -> N
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 2, "one writer each time"
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher(inputs: Inputs, long: Path, tmp_path: Path) -> None:
     arguments = inputs.settings(tmp_path, f"train.steps={MANY}")
     run = start("launch.distill", arguments, num_ranks=1)

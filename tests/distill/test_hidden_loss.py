@@ -113,7 +113,10 @@ def test_one_process_follows_plain_pytorch(
     assert max(references["tied", str(ACROSS)].hidden) > 0.5, "the term matters"
 
 
-@pytest.mark.parametrize("layout", ["pp2", pytest.param("pp4", marks=pytest.mark.slow), "tp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["pp2", pytest.param("pp4", marks=pytest.mark.slow), "tp2", pytest.param("dp2", marks=pytest.mark.slow)],
+)
 def test_no_layout_changes_anything(
     layout: str, folders: dict[str, str], references: dict[tuple[str, str], Trajectory]
 ) -> None:

@@ -176,7 +176,7 @@ def _score(shape: dict[str, int], folders: dict[str, str]) -> dict[str, tuple[Sc
     "shape",
     [
         {"pp": 1, "dp": 1, "tp": 2},
-        {"pp": 2, "dp": 1, "tp": 2},
+        pytest.param({"pp": 2, "dp": 1, "tp": 2}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "dp": 2, "tp": 1}, marks=pytest.mark.slow),
     ],
     ids=str,

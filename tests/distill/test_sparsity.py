@@ -298,9 +298,8 @@ def _train_wide(folders: dict[str, str], root: Path, settings: Sparsity) -> tupl
     return seen, _whole_parameters(whole), _masks(whole.optimizer), sparsifier.share(), differ
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param(TRAINED[0], marks=pytest.mark.slow), TRAINED[1]], ids=lambda each: each.pattern
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", TRAINED, ids=lambda each: each.pattern)
 def test_what_is_held_stays_zero_and_a_run_goes_on(settings: Sparsity, tmp_path: Path) -> None:
     folders = save_models(tmp_path / "models")
     single = replace(WIDE, dp=1, tp=1, num_microbatches=4)

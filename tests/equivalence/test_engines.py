@@ -198,7 +198,7 @@ def _check_all(world_size: int, cases: list[Case], folder: Path) -> dict[Case, l
     return by_case
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rule_in_every_layout(world_size: int, folder: Path) -> None:
     layouts = [layout for layout in LAYOUTS if _size(layout) == world_size]
     cases = [

@@ -248,7 +248,8 @@ def _a_hundred_steps(case: Case, folders: dict[str, str]) -> tuple[list[int], li
     return buffers, pending, step.most_signals
 
 
-@pytest.mark.parametrize("virtual_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("virtual_stages", [1, 2])
 def test_nothing_grows_over_a_hundred_steps(virtual_stages: int, folders: dict[str, str]) -> None:
     case = _case((2, 1, 1), virtual_stages, 3, "fill")
     plan = plan_of(case, teacher="fill")

@@ -75,7 +75,7 @@ def _run(cases: list[Case], folders: dict[str, str], references: dict[str, Traje
 
 @pytest.mark.parametrize(
     "layout",
-    [each for each in LAYOUTS if each != (1, 1, 4)],
+    [each for each in LAYOUTS if each not in ((1, 1, 4), (1, 4, 1), (4, 1, 1))],
     ids=layout_name,
 )
 def test_every_layout(

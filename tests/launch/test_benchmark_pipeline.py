@@ -31,6 +31,7 @@ def test_the_peers_parts_are_the_model(tmp_path: Path) -> None:
     assert torch.equal(hidden, expected)
 
 
+@pytest.mark.slow
 def test_rows_compare_fill_with_theory_and_all_other_sides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

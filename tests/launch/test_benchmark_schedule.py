@@ -48,6 +48,7 @@ def test_textbook_times_are_those_of_the_literature() -> None:
     assert Case(4, 4, 1, 1.0).bound_s("fill") == (4 + 3) * 3
 
 
+@pytest.mark.slow
 def test_rows_of_a_small_grid(capsys: pytest.CaptureFixture[str]) -> None:
     engines = [*OURS, *ENGINES]
     rows = schedule.run({"pp": 2, "m_factors": 1, "r": [2], "forward_ms": 5, "steps": 2, "engines": engines})

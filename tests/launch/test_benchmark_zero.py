@@ -10,7 +10,8 @@ from distill.config import ConfigError
 from launch.benchmarks import zero
 
 
-@pytest.mark.parametrize("engines", [["torch"], pytest.param(["torch", "deepspeed"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", [["torch"], ["torch", "deepspeed"]])
 def test_rows_compare_each_engine_with_replicas_that_hold_everything(engines: list[str]) -> None:
     rows = zero.run({"dp": 2, "layers": 2, "hidden": 48, "turns": 3, "engines": engines})
     assert len(rows) == 3 * len(engines) and {row["peer_name"] for row in rows} == {zero.PEER}

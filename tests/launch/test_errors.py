@@ -30,7 +30,7 @@ def start(how: str, folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("how", ["mistake", "mistakes"])
+@pytest.mark.parametrize("how", [pytest.param("mistake", marks=pytest.mark.slow), "mistakes"])
 def test_one_message_whichever_rank_sees_the_mistake(how: str, tmp_path: Path) -> None:
     process = start(how, tmp_path)
     out, err = process.communicate(timeout=60)
@@ -38,6 +38,7 @@ def test_one_message_whichever_rank_sees_the_mistake(how: str, tmp_path: Path) -
     assert err == "error: data.path=empty.txt holds no text; use another one\n"
 
 
+@pytest.mark.alone
 def test_a_wrong_mesh_is_told_within_ten_seconds(tmp_path: Path) -> None:
     begin_s = time.monotonic()
     process = start("steps", tmp_path, "mesh.tp=3")

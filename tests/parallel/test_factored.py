@@ -94,7 +94,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(save_tiny(root / family, _config(family))) for family in RANKS}
 
 
-@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tp", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_factors_compute_and_learn_what_their_matrix_does(tp: int, folders: dict[str, str]) -> None:
     results = run_distributed(tp, _run, folders, tp) if tp > 1 else [_run(folders, tp)]
     for family in RANKS:
