@@ -18,7 +18,10 @@ from tests.launch.shared_store import SharedStore
 from tests.pace import slowness
 
 # Leaving is an exception here.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 TIMEOUT_S = 0.4 * slowness()
 Work = Callable[[Activity, Watch], None]
 
