@@ -23,13 +23,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 TIMEOUT_S = 0.4 * slowness()
+BEAT_S = TIMEOUT_S / 4
 Work = Callable[[Activity, Watch], None]
 
 
 class Run:
     """Ranks that run, and how each of them left."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self.codes: dict[str, int] = {}
         """Exit code of each rank that left against its will, by the name of its thread."""
         self.saved: list[int] = []
@@ -65,7 +67,7 @@ class Run:
         its = Watch(
             Board(self.store, places, rank=rank),
             activity,
-            timeout_s=TIMEOUT_S,
+            timeout_s=self.timeout_s,
             save_buffers=lambda: self.saved.append(rank),
             leave=self.leave,
             arm=self.timers.append,
@@ -77,10 +79,22 @@ class Run:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT_S", BEAT_S)
     for name in ("SIGNS_S", "SPEAKS_S", "FAREWELL_S"):
         monkeypatch.setattr(watch, name, TIMEOUT_S)
-    return Run()
+
+
+@pytest.fixture
+def run(short: None) -> Run:
+    """Return ranks that are told to be stuck after `TIMEOUT_S`."""
+    return Run(TIMEOUT_S)
+
+
+@pytest.fixture
+def patient_run(short: None) -> Run:
+    """Return ranks that wait longer for one another than any test here takes."""
+    return Run(100 * TIMEOUT_S)
 
 
 def waits(activity: Activity, its: Watch) -> None:
@@ -148,68 +162,70 @@ def failing(error: Exception) -> Work:
     return lambda activity, its: its.end_by_failure(error)
 
 
-def test_who_fails_tells_why_and_the_others_say_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run(waits, failing(ValueError("the disk is on fire")), waits)
+def test_who_fails_tells_why_and_the_others_say_nothing(
+    patient_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patient_run(waits, failing(ValueError("the disk is on fire")), waits)
     err = capsys.readouterr().err
     assert err.startswith("rank 1 failed:\n") and err.endswith("ValueError: the disk is on fire\n")
-    assert set(run.codes.values()) == {1} and run.saved.count(0) == 1
+    assert set(patient_run.codes.values()) == {1} and patient_run.saved.count(0) == 1
 
 
-def test_what_ends_all_ranks_alike_is_one_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*[failing(RunFailed("10 steps in a row are not finite"))] * 3)
+def test_what_ends_all_ranks_alike_is_one_line(patient_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    patient_run(*[failing(RunFailed("10 steps in a row are not finite"))] * 3)
     assert capsys.readouterr().err == "failed: 10 steps in a row are not finite\n"
-    assert set(run.codes.values()) == {1}
+    assert set(patient_run.codes.values()) == {1}
 
 
 def test_a_broken_connection_is_blamed_on_the_rank_that_is_gone(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    patient_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(activity: Activity, its: Watch) -> None:
         with activity.doing("step 7"), activity.doing("1B3"):
-            time.sleep(2 * its._beat_s)
+            time.sleep(2 * BEAT_S)
             its._closed.set()
-            time.sleep(2 * its._beat_s)
-        run.codes["main 1"] = -9
+            time.sleep(2 * BEAT_S)
+        patient_run.codes["main 1"] = -9
 
     def victim(activity: Activity, its: Watch) -> None:
-        time.sleep(4 * its._beat_s)
+        time.sleep(4 * BEAT_S)
         its.end_by_failure(RuntimeError("Connection closed by peer [10.0.0.1]:1234"))
 
-    run(victim, killed, waits)
+    patient_run(victim, killed, waits)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("rank 1 is gone without a word") and lines[0].endswith("in step 7, 1B3")
     assert lines[1].startswith("  rank 2 waits for ") and len(lines) == 2
-    assert run.codes["main 0"] == 1
+    assert patient_run.codes["main 0"] == 1
 
 
-def test_the_victim_lets_the_culprit_speak(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_victim_lets_the_culprit_speak(patient_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     def culprit(activity: Activity, its: Watch) -> None:
         time.sleep(TIMEOUT_S / 2)
         its.end_by_failure(ValueError("the disk is on fire"))
 
-    run(failing(RuntimeError("Connection reset by peer")), culprit)
+    patient_run(failing(RuntimeError("Connection reset by peer")), culprit)
     err = capsys.readouterr().err
     assert err.count("failed:") == 1 and err.endswith("ValueError: the disk is on fire\n")
 
 
 def test_a_connection_that_breaks_by_itself_is_told_as_it_is(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    patient_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(failing(RuntimeError("Connection reset by peer")), waits)
+    patient_run(failing(RuntimeError("Connection reset by peer")), waits)
     assert capsys.readouterr().err.endswith("RuntimeError: Connection reset by peer\n")
 
 
 def test_a_mistake_is_told_by_the_first_rank_if_it_sees_it(
-    run: Run, capsys: pytest.CaptureFixture[str]
+    patient_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def mistaken(activity: Activity, its: Watch) -> None:
         rank = int(threading.current_thread().name.split()[1])
         time.sleep(0.1 * TIMEOUT_S if rank == 0 else 0)
         its.end_by_mistake(ConfigError(f"data.path, as rank {rank} sees it"), speaks_first=rank == 0)
 
-    run(mistaken, mistaken)
+    patient_run(mistaken, mistaken)
     assert capsys.readouterr().err == "error: data.path, as rank 0 sees it\n"
-    assert set(run.codes.values()) == {2}
+    assert set(patient_run.codes.values()) == {2}
 
 
 def test_a_rank_that_never_comes_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
