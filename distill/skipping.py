@@ -50,10 +50,11 @@ def refuse_not_finite(optimizer: StageOptimizer, mesh: Mesh, progress: Progress)
         RunFailed: there are some, on every rank alike.
     Collectives: an all-reduce over the world.
     """
-    bad = torch.zeros((), dtype=torch.int32, device=mesh.device)
-    for _, parts in optimizer.state():
-        for part in parts.values():
-            bad |= (~part.read().isfinite().all()).to(bad)
+    parts = [part for _, its in optimizer.state() for part in its.values()]
+    # A sum reads all values once and fast; what is finite may still add up to what is not.
+    sums = torch.stack([part.read().sum().float() for part in parts])
+    is_sound = bool(sums.isfinite().all()) or all(bool(part.read().isfinite().all()) for part in parts)
+    bad = torch.tensor(not is_sound, dtype=torch.int32, device=mesh.device)
     all_reduce_(bad, mesh.world, op="max")
     if bad:
         raise RunFailed(

@@ -27,11 +27,11 @@ class Report:
     """Whether it has given a sign of life just now."""
 
 
-def hang_message(reports: Mapping[int, Report], timeout_s: float) -> str:
-    """Return what to say when no rank has got further for `timeout_s`, most important first."""
+def hang_message(reports: Mapping[int, Report], stood_s: float, timeout_s: float) -> str:
+    """Return what to say when no rank has got further for `stood_s`, which is too long, most important first."""
     to_blame = {rank: each for rank, each in reports.items() if _is_to_blame(each)}
     lines = [
-        f"no rank has got further for train.timeout_s={timeout_s:g} s, so the run is ended"
+        f"no rank has got further for {stood_s:.0f} s (train.timeout_s={timeout_s:g}), so the run is ended"
         + ("" if to_blame else "; they wait for one another")
     ]
     lines += [_blamed(each) for each in to_blame.values()]

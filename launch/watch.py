@@ -2,9 +2,9 @@
 
 A thread of each process says once a second that its rank lives and what it is doing (`launch.board`). Decides:
 
-- A run hangs when a rank has been waiting for `train.timeout_s` and no rank at all has got further for as long. A rank may
-  take hours over something that others wait for, if it makes marks of progress (`parallel.activity`). One rank tells what each
-  was doing, and all leave.
+- A run hangs when a rank has been waiting for almost `train.timeout_s`, and no rank at all has got further for as long. A
+  rank may take hours over something that others wait for, if it makes marks of progress (`parallel.activity`). One rank tells
+  what each was doing, before `train.timeout_s` is over, and all leave.
 - A rank that fails tells why, and all others leave. One whose connection broke may be the victim of another: it gives
   that one the time to speak, and then names the rank that gives no sign of life.
 - They leave by `os._exit`, because an ordinary exit can hang in a collective that will never complete; before, what is
@@ -82,6 +82,8 @@ class Watch:
         self._timeout_s, self._save_buffers, self._exit = timeout_s, save_buffers, leave
         self._arm = arm
         self._beat_s = min(BEAT_S, timeout_s / 4)
+        # Looking for signs of life takes its time, and the beat that sees the limit may be late by one.
+        self._patience_s = timeout_s - min(SIGNS_S + 2 * self._beat_s, timeout_s / 4)
         self._beaten_s = self._moved_s = self._counted_s = time.monotonic()
         self._armed_s = -STUCK_S
         self._cpu_s, self._moves = 0.0, 0
@@ -155,11 +157,12 @@ class Watch:
         if (code := self._board.end_code()) is not None:
             self._closed.wait(FAREWELL_S)
             self._leave(code)
-        if min(self._activity.waited_s(now_s), now_s - self._moved_s) >= self._timeout_s:
+        if min(self._activity.waited_s(now_s), now_s - self._moved_s) >= self._patience_s:
             self._tell(self._hang, FAILURE)
 
     def _hang(self) -> str:
-        return hang_message(self._board.reports(self._activity.look(), watch_s=SIGNS_S), self._timeout_s)
+        reports = self._board.reports(self._activity.look(), watch_s=SIGNS_S)
+        return hang_message(reports, time.monotonic() - self._moved_s, self._timeout_s)
 
     def _has_moved(self, now_s: float) -> bool:
         """Whether this process has got further since the beat before."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from parallel.buckets import ALIGNED, Bucket, Run, Slot, runs
 from parallel.collectives import all_reduce_
 from parallel.flat import FlatBuffers
-from parallel.flat_state import Part, PlainStore, Store
+from parallel.flat_state import Part, PlainStore
 from parallel.mesh import Mesh
 from parallel.torch_engine import square_sum
 from parallel.update_rules import OptimizerOptions, Range, make_updater
@@ -73,8 +73,8 @@ class DeepSpeedEngine:
             Range(master, bool(group), slice(self._begins[group], self._begins[group] + master.numel()))
             for group, master in self._masters.items()
         ]
-        self._updater = make_updater(options, ranges, sum(map(Tensor.numel, self._masters.values())))
-        self._zero.optimizer = self._updater.optimizer
+        self.updater = make_updater(options, ranges, sum(map(Tensor.numel, self._masters.values())))
+        self._zero.optimizer = self.updater.optimizer
 
     @property
     def _groups(self) -> list[int]:
@@ -150,9 +150,9 @@ class DeepSpeedEngine:
         if clip_factor != 1:
             for _, gradient in self._owned_gradients():
                 gradient.mul_(clip_factor)
-        self._updater.set_rate(rate)
+        self.updater.set_rate(rate)
         self._zero.step()
-        self._updater.num_updates += 1
+        self.updater.num_updates += 1
 
     def gather(self) -> None:
         """Do nothing: DeepSpeed gathers at the end of its step."""
@@ -163,24 +163,10 @@ class DeepSpeedEngine:
         self._zero.update_lp_params()
 
     @property
-    def num_updates(self) -> int:
-        """Updates that the state has seen."""
-        return self._updater.num_updates
-
-    def set_updates(self, count: int) -> None:
-        """Tell the rule how many updates the restored state has seen."""
-        self._updater.set_updates(count)
-
-    @property
-    def stores(self) -> dict[str, Store]:
-        """This rank's state, by kind."""
-        return self._updater.stores
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of masters and state."""
         masters = sum(master.nbytes for master in self._masters.values())
-        return masters + sum(store.nbytes for store in self.stores.values())
+        return masters + sum(store.nbytes for store in self.updater.stores.values())
 
     def parts(self, slot: Slot) -> dict[str, Part]:
         """Return what this rank has of a parameter's master (`weight`) and state, by kind; nothing if it owns none of it."""
@@ -189,7 +175,7 @@ class DeepSpeedEngine:
         for start, stop in self.share(slot, self._axes.dp.rank):
             at = self._start(slot) + start - self._axes.dp.rank * self._masters[group].numel()
             found["weight"] = Part(start, stop, PlainStore(self._masters[group].detach()), at)
-            for kind, store in self.stores.items():
+            for kind, store in self.updater.stores.items():
                 found[kind] = Part(start, stop, store, self._begins[group] + at)
         return found
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from parallel.collectives import shard_range
+from parallel.embedding import VocabParallelEmbedding
 from parallel.factored import factorise_linears, ranks_of
 from parallel.gradients import WeightGradients
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.layerwise import layerwise
 from parallel.mesh import Axis
 from parallel.plan import UnsupportedModel, parallelize

@@ -29,12 +29,12 @@ from torch import Tensor
 from parallel.buckets import Bucket, Slot, lay_out
 from parallel.collectives import all_reduce_, broadcast_
 from parallel.flat import FlatBuffers
-from parallel.flat_state import Part, PlainStore, Store
+from parallel.flat_state import Part, PlainStore
 from parallel.gradients import main_dtype
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.torch_engine import TorchEngine
-from parallel.update_rules import OptimizerOptions
+from parallel.update_rules import OptimizerOptions, Updater
 from parallel.weights import Entry, parameter_table
 
 
@@ -63,8 +63,7 @@ class Engine(Protocol):
     """Reduces gradients, and updates and gathers parameters, of one rank's stages; see `parallel.torch_engine`."""
 
     reduces_early: bool
-    num_updates: int
-    stores: dict[str, Store]
+    updater: Updater
     state_bytes: int
 
     def reduce(self, bucket: Bucket) -> None: ...
@@ -72,7 +71,6 @@ class Engine(Protocol):
     def update(self, rate: float, clip_factor: float) -> None: ...
     def gather(self) -> None: ...
     def refresh(self) -> None: ...
-    def set_updates(self, count: int) -> None: ...
     def parts(self, slot: Slot) -> dict[str, Part]: ...
     def share(self, slot: Slot, index: int) -> Iterator[tuple[int, int]]: ...
 
@@ -140,7 +138,7 @@ class StageOptimizer:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Names of the rule's state, beside masters and mask."""
-        return tuple(self._engine.stores)
+        return tuple(self._engine.updater.stores)
 
     @property
     def flat_grad(self) -> Tensor:
@@ -280,18 +278,18 @@ class StageOptimizer:
     @property
     def num_updates(self) -> int:
         """Updates that the state has seen, for bias corrections."""
-        return self._engine.num_updates
+        return self._engine.updater.num_updates
 
     @torch.no_grad()
     def reset_moments(self) -> None:
         """Begin as if nothing had been updated yet. Collectives: as `gather`."""
-        for store in self._engine.stores.values():
+        for store in self._engine.updater.stores.values():
             store.zero_()
         self.set_updates(0)
 
     def set_updates(self, count: int) -> None:
         """Tell the rule how many updates the restored state has seen; refresh the parameters. Collectives: as `gather`."""
-        self._engine.set_updates(count)
+        self._engine.updater.set_updates(count)
         self._engine.refresh()
 
 

@@ -1,7 +1,7 @@
 """From a model family's published tensor-parallel plan to our parallel layers.
 
 transformers publishes, for about 120 families, a plan (module name pattern -> style). This file turns each style into a
-layer of `parallel.layers` and says clearly when a family uses a style, or a module class, that is not known. Linears
+layer of `parallel.layers` (or the embedding) and says clearly when a family uses a style, or a module class, that is not known. Linears
 that the plan leaves out are computed whole on every rank, by the same layer class with an axis of one, so that their
 weight gradients too can be scheduled apart. The plan names a factored linear by its dense name; `parallel.factored` says
 which styles its factors get. It holds no table of families.
@@ -14,14 +14,9 @@ import re
 import torch
 from torch import nn
 
+from parallel.embedding import VocabParallelEmbedding
 from parallel.factored import STYLES_OF_FACTORS, FactoredLinear
-from parallel.layers import (
-    SINGLE,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    WeightGradients,
-)
+from parallel.layers import SINGLE, ColumnParallelLinear, RowParallelLinear, WeightGradients
 from parallel.mesh import Axis
 
 STYLES = (

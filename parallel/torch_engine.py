@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from parallel.buckets import ALIGNED, Bucket, Ownership, Slot, runs
 from parallel.collectives import all_reduce_, gather_from_owners_, reduce_to_owners_
 from parallel.flat import FlatBuffers
-from parallel.flat_state import Part, PlainStore, Store
+from parallel.flat_state import Part, PlainStore
 from parallel.mesh import Mesh
 from parallel.update_rules import OptimizerOptions, Range, Updater, make_updater
 
@@ -53,7 +53,7 @@ class TorchEngine:
             self._master = buffers.flat_grad.new_empty(self._owned.numel)
             for part, place in self._owned.pieces():
                 self._master[place].copy_(buffers.flat[part])
-        self._updater = self._make_updater(mesh, options)
+        self.updater = self._make_updater(mesh, options)
 
     def _make_updater(self, mesh: Mesh, options: OptimizerOptions) -> Updater:
         buffers, ranges = self._buffers, []
@@ -108,9 +108,9 @@ class TorchEngine:
         if clip_factor != 1:
             for part, _ in self._owned.pieces():
                 self._buffers.flat_grad[part].mul_(clip_factor)
-        self._updater.set_rate(rate)
-        self._updater.optimizer.step()
-        self._updater.num_updates += 1
+        self.updater.set_rate(rate)
+        self.updater.optimizer.step()
+        self.updater.num_updates += 1
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -127,24 +127,10 @@ class TorchEngine:
     """After masters were restored."""
 
     @property
-    def num_updates(self) -> int:
-        """Updates that the state has seen."""
-        return self._updater.num_updates
-
-    def set_updates(self, count: int) -> None:
-        """Tell the rule how many updates the restored state has seen."""
-        self._updater.set_updates(count)
-
-    @property
-    def stores(self) -> dict[str, Store]:
-        """This rank's state, by kind."""
-        return self._updater.stores
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of the masters, where they are not the parameters, and of the state."""
         masters = 0 if self._master is None else self._master.nbytes
-        return masters + sum(store.nbytes for store in self.stores.values())
+        return masters + sum(store.nbytes for store in self.updater.stores.values())
 
     def parts(self, slot: Slot) -> dict[str, Part]:
         """Return what this rank has of a parameter's master (`weight`) and state, by kind; nothing if it owns none of it."""
@@ -154,7 +140,7 @@ class TorchEngine:
             own = self._master is not None
             flat, at = (self._master, place) if own else (self._buffers.flat, part)
             found["weight"] = Part(*ends, PlainStore(flat), at.start)
-            for kind, store in self.stores.items():
+            for kind, store in self.updater.stores.items():
                 found[kind] = Part(*ends, store, place.start)
         return found
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from parallel.checkpoint import complete_checkpoints
 from tests.commands.tiny_run import Inputs, Started, same_weights
@@ -27,6 +28,8 @@ LATER_S = 20.0
 """By how much later than that all may be gone."""
 LAUNCHER, PLAIN = "launch.torchrun", "torch.distributed.run"
 ROUNDS = "rounds=[{},{student: {prune: {intermediate_size: 24}}}]"
+_TOLD = r"warning: |passed over |.*step \d+ changes nothing: "
+"""Lines on stdout by which a run tells what went wrong."""
 NO_FAULT = {"what": "", "where": "log", "rank": -1}
 
 
@@ -48,9 +51,10 @@ class Outcome:
 
     @property
     def message(self) -> list[str]:
-        """The lines on stderr that are no progress bar, no trace and no warning of a library."""
-        words = ("rank ", "no rank", "failed:", "error:", "all ranks", "  rank ", "stopping")
-        return [line for line in self.err.splitlines() if line.startswith(words)]
+        """The lines on stderr that are no progress bar, no trace and no warning of a library, and the run's own warnings."""
+        words = ("rank ", "no rank", "failed:", "error:", "all ranks", "  rank ", "stopping", "warning: ")
+        told = [line for line in self.err.splitlines() if line.startswith(words)]
+        return told + [line for line in self.out.splitlines() if re.match(_TOLD, line)]
 
 
 def settings(inputs: Inputs, folder: Path, *overrides: str) -> list[str]:
@@ -137,6 +141,54 @@ def signalled(inputs: Inputs, folder: Path, number: signal.Signals) -> Outcome:
     else:
         run.process.send_signal(number)
     return finish(run, folder, since_s=since_s)
+
+
+def damaged(inputs: Inputs, folder: Path, harm: Callable[[Path], object]) -> Outcome:
+    """Harm the newest checkpoint of a run that was killed, and go on with it."""
+    killed = provoke(inputs, folder, in_action("kill"))
+    assert killed.kept == "step-00000004", killed.err
+    (file,) = (folder / "checkpoints" / killed.kept).glob("stage-001-tp-00.safetensors")
+    harm(file)
+    mark_of(folder).unlink()
+    return provoke(inputs, folder, NO_FAULT)
+
+
+def cut_short(file: Path) -> None:
+    """Take the last bytes of a file away, as a machine does that loses its power."""
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def flip(file: Path) -> None:
+    """Change a bit in the middle of a file's tensors."""
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+
+
+def own_corpus(inputs: Inputs, folder: Path, *lines: str) -> Path:
+    """Return a copy of the corpus for one run, with more lines."""
+    corpus = folder.parent / f"{folder.name}.jsonl"
+    corpus.write_text(inputs.corpus.read_text() + "".join(line + "\n" for line in lines))
+    return corpus
+
+
+def vanishing(inputs: Inputs, folder: Path) -> Outcome:
+    """Take the corpus away in the middle of a run."""
+    corpus = own_corpus(inputs, folder)
+    return provoke(inputs, folder, at("log", "vanish", 0, 3) | {"path": str(corpus)}, f"data.path={corpus}")
+
+
+def broken_record(inputs: Inputs, folder: Path) -> Outcome:
+    """Give a corpus with a line that is no JSON."""
+    corpus = own_corpus(inputs, folder, '{"text": "half of a rec')
+    return provoke(inputs, folder, NO_FAULT, f"data.path={corpus}", restarts=3)
+
+
+def without_wandb(inputs: Inputs, folder: Path) -> Outcome:
+    """Log to a wandb server that does not answer."""
+    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    with mock.patch.dict(os.environ, server):
+        return provoke(inputs, folder, NO_FAULT, "log.wandb=online")
 
 
 def mistaken(inputs: Inputs, folder: Path) -> Outcome:
@@ -283,7 +335,55 @@ FAULTS = (
         1,
         r"  rank 2 .* gives no sign of life; it was last seen in .*step 5, 1B1",
     ),
-    Fault("nan", "a teacher that is NaN in two steps, on one replica", _fault(nan_in([3, 4])), 0, ""),
+    Fault(
+        "full-disk",
+        "a disk that is full, on one rank, while a checkpoint is written",
+        _fault(at("save", "full", 2, 2)),
+        0,
+        r"warning: the checkpoint of step 4 could not be written: rank 2 .*No space left on device",
+        lines=1,
+    ),
+    Fault(
+        "cut-short",
+        "the newest checkpoint was cut short; the run is started again",
+        partial(damaged, harm=cut_short),
+        0,
+        r"passed over step-00000004: .* bytes, its checkpoint says .* set aside as step-00000004.damaged",
+        lines=1,
+    ),
+    Fault(
+        "flipped-bit",
+        "a bit of the newest checkpoint has changed; the run is started again",
+        partial(damaged, harm=flip),
+        0,
+        r"passed over step-00000004: .* set aside as step-00000004.damaged",
+        lines=1,
+    ),
+    Fault("data-gone", "the corpus disappears in the middle of the run", vanishing, 0, ""),
+    Fault(
+        "data-broken",
+        "a record of the corpus is broken, `--max-restarts 3`",
+        broken_record,
+        2,
+        r"error: .*data-broken.jsonl.* line 41",
+        lines=1,
+    ),
+    Fault(
+        "wandb",
+        "wandb is not reachable",
+        without_wandb,
+        0,
+        r"warning: log.wandb=online did not start .* it goes on offline",
+        lines=1,
+    ),
+    Fault(
+        "nan",
+        "a teacher that is NaN in two steps, on one replica",
+        _fault(nan_in([3, 4])),
+        0,
+        r"(round \d: )?step 3 changes nothing: ",
+        lines=4,
+    ),
     Fault(
         "nan-always",
         "a teacher that is NaN from step 4 on, `train.max_skipped_steps=3`",

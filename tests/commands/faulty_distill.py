@@ -1,11 +1,12 @@
 """The command `launch.distill` with something that goes wrong in it: `faulty_distill FAULT key=value ...`.
 
-FAULT is JSON: `what` (`hang`, `freeze`, `raise`, `kill`, `nan`), `where` (below), `rank`, `step` (from 1, of the round),
+FAULT is JSON: `what` (`hang`, `freeze`, `raise`, `kill`, `nan`, `full`; `vanish`, with a file's `path`), `where` (below), `rank`, `step` (from 1, of the round),
 `action` (`1B0`, for `action`), `call` (which call of the place counts, from 1). After a restart nothing goes wrong any more.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
@@ -33,7 +34,7 @@ MARK = os.environ["REFLUX_FAULT_MARK"]
 RANK = int(os.environ.get("RANK", "0"))
 
 
-def happen(what: str) -> None:
+def happen(what: str, path: str = "") -> None:
     """Let it go wrong, after noting when."""
     Path(MARK).write_text(str(time.time()))
     if what == "hang":
@@ -42,11 +43,15 @@ def happen(what: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif what == "vanish":
+        Path(path).unlink()
     else:
         raise RuntimeError("the disk is on fire")
 
 
-def at_place(place: str, call: int, what: str) -> None:
+def at_place(place: str, call: int, what: str, path: str) -> None:
     """Let the n-th call of a function go wrong before it begins."""
     module, _, name = PLACES[place].rpartition(".")
     home = importlib.import_module(module)
@@ -55,7 +60,7 @@ def at_place(place: str, call: int, what: str) -> None:
     def stand_in(*given: Any, **named: Any) -> Any:
         calls.append(name)
         if len(calls) == call:
-            happen(what)
+            happen(what, path)
         return original(*given, **named)
 
     setattr(home, name, stand_in)
@@ -102,7 +107,7 @@ def arm(fault: dict[str, Any]) -> Callable[[], None] | None:
     if fault["where"] == "action":
         in_step(fault)
     else:
-        at_place(fault["where"], fault.get("call", 1), fault["what"])
+        at_place(fault["where"], fault.get("call", 1), fault["what"], fault.get("path", ""))
     return None
 
 

@@ -10,7 +10,10 @@ from tests.commands.faults import FAULTS, Fault, ends_alike, undisturbed, wrong
 from tests.commands.tiny_run import Inputs, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SAME_END = ("kill-restart", "kill-plain", "kill-save", "kill-rounds")
+SAME_END = (
+    *("kill-restart", "kill-plain", "kill-save", "kill-rounds"),
+    *("full-disk", "cut-short", "flipped-bit", "data-gone", "wandb"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,10 @@ def test_what_is_not_finite_is_not_saved(name: str) -> None:
         torch.nn.init.ones_(parameter)
     rate = LearningRate(peak=1e-3, warmup_steps=0, total_steps=2)
     optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OptimizerOptions(), rate)
-    refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))
     _, parts = optimizer.state()[-1]
+    # Finite, though their sum is not.
+    parts[name].write(torch.full_like(parts[name].read(), torch.finfo(torch.float32).max))
+    refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))
     parts[name].write(parts[name].read().clone().index_fill_(0, torch.tensor(0), float("inf")))
     with pytest.raises(RunFailed, match="not finite after step 7"):
         refuse_not_finite(optimizer, Mesh.single(), Progress(step=7))

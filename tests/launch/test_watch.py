@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -110,11 +111,13 @@ def stuck(activity: Activity, its: Watch) -> None:
 def test_a_hang_is_told_once_and_all_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     start_s = time.monotonic()
     run(waits, stuck, waits)
-    assert TIMEOUT_S < time.monotonic() - start_s
+    assert time.monotonic() - start_s > 0.75 * TIMEOUT_S
     assert set(run.codes.values()) == {1} and sorted(run.saved) == [0, 1, 2]
     assert set(run.timers) == {TIMEOUT_S + watch.STUCK_S}, "against an interpreter that does not run any more"
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"no rank has got further for train.timeout_s={TIMEOUT_S:g} s, so the run is ended"
+    assert re.fullmatch(
+        rf"no rank has got further for \d+ s \(train.timeout_s={TIMEOUT_S:g}\), so the run is ended", lines[0]
+    )
     assert lines[1].startswith("  rank 1 is stuck in step 7, 1B3 for ")
     assert [line.split(" waits ")[0] for line in lines[2:]] == ["  rank 0", "  rank 2"]
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.collectives import shard_sizes
+from parallel.embedding import VocabParallelEmbedding
 from parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     ShardSpec,
-    VocabParallelEmbedding,
     WeightGradients,
 )
 from parallel.mesh import Axis, Mesh

@@ -443,7 +443,7 @@ def _large_allocations(work: Callable[[], object]) -> list[int]:
 
 
 def _buffers(optimizer: StageOptimizer) -> list[Tensor]:
-    stores = optimizer._engine.stores.values()
+    stores = optimizer._engine.updater.stores.values()
     return [optimizer._buffers.flat, optimizer.flat_grad, *(store.flat for store in stores)]
 
 
