@@ -136,9 +136,11 @@ class DistillationStep:
         }
         self._executor = Executor(handlers, links, rank=mesh.pp.rank, place=mesh.describe())
 
-    def __call__(self, step: int) -> StepStats:
+    def __call__(self, step: int, *, carries: bool = False) -> StepStats:
         """Run optimizer step `step`, and what the teacher does ahead in it.
 
+        Args:
+            carries: the next step follows at once, or `settle`: the parameters may still be on their way.
         Collectives: all-reduce of the token count over dp; those of the plan; all-reduce of the statistics over the world.
         """
         start_s = time.perf_counter()
@@ -160,13 +162,17 @@ class DistillationStep:
             for ahead in range(step, (first_microbatch + last) // self._num_microbatches + 1):
                 # Before anything runs that could wait for the copy on a GPU.
                 self._window.step(ahead)
-            self.last_events = self._executor.run(plan, first_microbatch=first_microbatch)
+            self.last_events = self._executor.run(plan, first_microbatch=first_microbatch, carries=carries)
             busy_s += sum(
                 event.end_s - event.start_s for event in self.last_events if event.action.kind in OCCUPYING
             )
         kept = [stage for stage in self.students.values() if stage.num_kept]
         assert not kept and not self._student_hidden and all(key >= self._end for key in self._signals)
         return self._stats(time.perf_counter() - start_s, busy_s)
+
+    def settle(self) -> None:
+        """Wait for the parameters of a step that has carried them."""
+        self._executor.settle()
 
     def close(self) -> None:
         """End the background thread."""

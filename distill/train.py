@@ -188,12 +188,14 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
         progress = running.progress
         done = progress.round_step == settings.train.steps
         if _is_due(config.evaluate.every, progress.step) and not done:
+            session.step.settle()
             _judge_student(running, session, with_choices=False)
         # While steps change nothing the checkpoints before stay: what is wrong may be in the weights.
         due = _is_due(config.checkpoint.every, progress.step) and not progress.skipped_in_a_row
         if done or stopping or due:
             # A run that goes on from this checkpoint must find the lines up to it.
             log.flush()
+            session.step.settle()
             refuse_not_finite(session.step.optimizer, mesh, progress)
             _settle(mesh, saver)
             saver.save(progress.step, asdict(progress))
@@ -220,7 +222,8 @@ def _take_step(running: Running, session: Session) -> bool:
     # Compilers make no marks of progress; they run where a kind of micro-batch is met first.
     with mesh.activity.doing(name, computes=settings.train.compile and round_step < COMPILING_STEPS):
         try:
-            stats = session.step(round_step)
+            # A mask that moves sets parameters to zero.
+            stats = session.step(round_step, carries=session.sparsifier is None)
         except Exception as error:
             error.add_note(
                 f"This was step {running.progress.step + 1} of {running.total_steps}, counted from 1."

@@ -1,8 +1,8 @@
 """Walk one rank's actions through a table of handlers, and note when each ran.
 
-The executor decides nothing: the order is the plan's, the meaning is the handlers'. `REDUCE` and `NORM` run beside the
-list on one background thread, in their order, and `STEP` waits for them: what the plan places between them hides them.
-So what they reduce over must be process groups of their own. A kind without a handler is an error before the first action
+The executor decides nothing: the order is the plan's, the meaning is the handlers'. `REDUCE`, `NORM` and `GATHER` run beside
+the list on one background thread, in their order. `STEP` waits for the first two, the student's next forward for the last,
+if need be in the next run: what stands between hides them. So they need process groups of their own. A kind without a handler is an error before the first action
 runs. An exception is passed on with the rank and the action in its message, because the peers will only report that
 they waited.
 """
@@ -25,7 +25,7 @@ from parallel.pipeline.simulate import Event
 Handler = Callable[[Action], None]
 T = TypeVar("T")
 _REDUCTIONS = "reductions"
-_BESIDE = frozenset({Kind.REDUCE, Kind.NORM})
+_BESIDE = frozenset({Kind.REDUCE, Kind.NORM, Kind.GATHER})
 _Done = tuple[Action, Any, Any]
 """An action and the marks of its start and its end."""
 
@@ -63,15 +63,20 @@ class Executor:
         self._background = Background(_REDUCTIONS)
         self._lanes = lanes_of(links.mesh.device)
         self._prepared: tuple[Plan | None, _Prepared] = None, ([], {}, Counter())
+        self._gathers: list[Future[_Done]] = []
+        """What is still under way after a run that carries it."""
 
-    def run(self, plan: Plan, *, first_microbatch: int) -> list[Event]:
+    def run(self, plan: Plan, *, first_microbatch: int, carries: bool = False) -> list[Event]:
         """Run this rank's part of a plan and return one event for each action, in order of their ends.
 
         Args:
             plan: validated and lowered.
             first_microbatch: number in the run of the plan's micro-batch 0; handlers see it added.
+            carries: leave `GATHER` under way at the end. The next run waits for it before its first `F`; before
+                anything else looks at parameters, `settle` must be called.
         Returns:
-            Events with the plan's numbers and `time.perf_counter` seconds; a receive's is the time spent waiting.
+            Events with the plan's numbers and `time.perf_counter` seconds; a receive's is the time spent waiting. A
+                `GATHER` that was carried is an event of the run that waited for it.
         Raises:
             ValueError: a kind has no handler.
             ActionFailed: from a handler's exception.
@@ -85,20 +90,26 @@ class Executor:
             received,
         )
         done: list[_Done] = []
-        beside: list[Future[_Done]] = []
+        reductions: list[Future[_Done]] = []
+        gathers: list[Future[_Done]] = []
         for entry, its_number in zip(entries, numbered, strict=True):
             kind = entry.action.kind
             if kind in _BESIDE:
-                beside.append(self.beside(partial(self._do, entry, its_number)))
+                under_way = gathers if kind is Kind.GATHER else reductions
+                under_way.append(self.beside(partial(self._do, entry, its_number)))
                 continue
             if kind is Kind.STEP:
-                done += self._results(beside)
-                beside.clear()
+                done += self._results(reductions)
+            elif kind is Kind.F:
+                done += self._gathered(Lane.STUDENT)
             done.append(self._do(entry, its_number))
-        done += self._results(beside)
+        done += self._results(reductions)
+        self._gathers += gathers
+        if not carries:
+            done += self._gathered(None)
         if not plan.ahead():
             self._links.finish()
-        self._lanes.end()
+        self._lanes.end(but=Lane.REDUCTIONS if self._gathers else None)
         starts_s = self._lanes.seconds(start for _, start, _ in done)
         ends_s = self._lanes.seconds(end for _, _, end in done)
         return [
@@ -117,9 +128,25 @@ class Executor:
 
         return self._background.submit(run)
 
-    def _results(self, beside: list[Future[_Done]]) -> list[_Done]:
+    def settle(self) -> None:
+        """Wait for what a run has carried: what follows sees the parameters of all replicas."""
+        self._gathered(None)
+
+    def _gathered(self, lane: Lane | None) -> list[_Done]:
+        """Wait for gathers under way, and let what follows on a lane, or outside all (None), wait for them."""
+        done = self._results(self._gathers)
+        for _, _, end in done:
+            self._lanes.wait_until(lane, end)
+        return done
+
+    def _results(self, under_way: list[Future[_Done]]) -> list[_Done]:
+        """Wait for all, and forget them."""
+        if not under_way:
+            return []
         with self._links.mesh.activity.waiting("its reductions", thread=_REDUCTIONS):
-            return [future.result() for future in beside]
+            done = [future.result() for future in under_way]
+        under_way.clear()
+        return done
 
     def close(self) -> None:
         """End the background thread."""

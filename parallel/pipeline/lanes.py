@@ -36,7 +36,7 @@ def lane_of(kind: Kind) -> Lane:
         kind = TRAFFIC_OF[kind]
     if kind is Kind.K:
         return Lane.TEACHER
-    return Lane.REDUCTIONS if kind in (Kind.REDUCE, Kind.NORM) else Lane.STUDENT
+    return Lane.REDUCTIONS if kind in (Kind.REDUCE, Kind.NORM, Kind.GATHER) else Lane.STUDENT
 
 
 class HostLanes:
@@ -55,8 +55,8 @@ class HostLanes:
     def here(self) -> None:
         """Return this place of whatever is issued now, for `wait_until`."""
 
-    def wait_until(self, lane: Lane, place: None) -> None:
-        """Let what follows on the lane wait for a place."""
+    def wait_until(self, lane: Lane | None, place: Any) -> None:
+        """Let what follows on the lane, or outside all (None), wait for a place or a mark."""
 
     def done(self, action: Action) -> None:
         """Note that all work of an action has been issued."""
@@ -69,8 +69,8 @@ class HostLanes:
         """Return marks as `time.perf_counter` seconds."""
         return list(marks)
 
-    def end(self) -> None:
-        """Call after the last action of a list: what follows sees all its work."""
+    def end(self, *, but: Lane | None) -> None:
+        """Call after the last action of a list: what follows sees all its work, but that of one lane."""
 
 
 class CudaLanes:
@@ -112,9 +112,10 @@ class CudaLanes:
         event.record()
         return event
 
-    def wait_until(self, lane: Lane, place: Any) -> None:
-        """Let what follows on the lane wait for a place."""
-        self._streams[lane].wait_event(place)
+    def wait_until(self, lane: Lane | None, place: Any) -> None:
+        """Let what follows on the lane, or outside all (None), wait for a place or a mark."""
+        stream = self._cuda.current_stream(self._device) if lane is None else self._streams[lane]
+        stream.wait_event(place)
 
     def done(self, action: Action) -> None:
         """Note that all work of an action has been issued; call it on the action's lane."""
@@ -125,15 +126,18 @@ class CudaLanes:
         return self._event()
 
     def seconds(self, marks: Iterable[Any]) -> list[float]:
-        """Return marks as `time.perf_counter` seconds; waits for the device."""
-        self._cuda.synchronize(self._device)
+        """Return marks as `time.perf_counter` seconds; waits until the device has come to them."""
+        marks = list(marks)
+        for mark in marks:
+            mark.synchronize()
         return [self._zero_s + self._zero.elapsed_time(mark) / 1e3 for mark in marks]
 
-    def end(self) -> None:
-        """Let what follows outside wait for all lanes; what other steps need of this one is then there."""
+    def end(self, *, but: Lane | None) -> None:
+        """Let what follows outside wait for all lanes but one; what other steps need of these is then there."""
         outside = self._cuda.current_stream(self._device)
-        for stream in self._streams.values():
-            outside.wait_stream(stream)
+        for lane, stream in self._streams.items():
+            if lane is not but:
+                outside.wait_stream(stream)
         self._done.clear()
 
     def _event(self) -> Any:

@@ -287,8 +287,10 @@ def share_of(whole: MicroBatch, case: Case, mesh: Mesh) -> list[MicroBatch]:
 
 
 def train(step: DistillationStep, steps: range) -> list[StepStats]:
-    """Run optimizer steps on the batches of the trajectory."""
-    return [step(index) for index in steps]
+    """Run optimizer steps on the batches of the trajectory, as a training does: each carries its parameters to the next."""
+    stats = [step(index, carries=True) for index in steps]
+    step.settle()
+    return stats
 
 
 def state_of(step: DistillationStep) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from parallel.pipeline.simulate import Event
 PLACE = "rank 3 (pp 1, dp 0, tp 1)"
 TEXTS = ("1F0", "1B0", "1W0", "1REDUCE", "1K1", "1NORM", "1STEP", "1GATHER")
 ACTIONS = [parse(text) for text in TEXTS]
-BESIDE = {Kind.REDUCE, Kind.NORM}
+BESIDE = {Kind.REDUCE, Kind.NORM, Kind.GATHER}
 
 
 def _run(
@@ -81,6 +81,57 @@ def test_reductions_run_beside_the_list_in_their_order_and_the_step_waits() -> N
     _run(ACTIONS, _all(handle))
     assert order[:3] == list(TEXTS[:3]) and order[-3:] == ["1NORM", "1STEP", "1GATHER"]
     assert order.index("1K1") < order.index("1REDUCE") < order.index("1NORM")
+
+
+def test_the_next_forward_waits_for_a_gather_that_is_carried_and_the_teacher_does_not() -> None:
+    order: list[str] = []
+    teacher_ran = threading.Event()
+
+    def handle(action: Action) -> None:
+        if action.kind is Kind.GATHER and action.stage == 1:
+            assert teacher_ran.wait(5), "the next list must begin beside it"
+        order.append(str(action))
+        if str(action) == "1K3":
+            teacher_ran.set()
+
+    first, second = (
+        Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, texts))))
+        for texts in (("1F0", "1STEP", "1GATHER"), ("1K1", "1F0", "1STEP"))
+    )
+    executor = Executor(_all(handle), Links(Mesh.single(), {}), rank=1, place=PLACE)
+    try:
+        events = executor.run(first, first_microbatch=0, carries=True)
+        assert [str(event.action) for event in events] == ["1F0", "1STEP"]
+        events = executor.run(second, first_microbatch=2)
+    finally:
+        executor.close()
+    assert order == ["1F0", "1STEP", "1K3", "1GATHER", "1F2", "1STEP"]
+    assert sorted(str(event.action) for event in events) == ["1F0", "1GATHER", "1K1", "1STEP"]
+
+
+def test_settling_waits_for_a_gather_and_tells_its_failure() -> None:
+    done: list[Action] = []
+
+    def slow(action: Action) -> None:
+        if action.kind is Kind.GATHER:
+            time.sleep(0.05)
+            if action.microbatch is None and len(done) > 4:
+                raise ConnectionError("peer gone")
+        done.append(action)
+
+    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, ("1F0", "1STEP", "1GATHER")))))
+    executor = Executor(_all(slow), Links(Mesh.single(), {}), rank=1, place=PLACE)
+    try:
+        executor.settle()
+        executor.run(plan, first_microbatch=0, carries=True)
+        assert len(done) == 2
+        executor.settle()
+        assert done[-1].kind is Kind.GATHER
+        executor.run(plan, first_microbatch=2, carries=True)
+        with pytest.raises(ActionFailed, match=r"failed at 1GATHER: ConnectionError: peer gone"):
+            executor.settle()
+    finally:
+        executor.close()
 
 
 def test_a_failure_beside_the_list_is_told_at_the_step() -> None:

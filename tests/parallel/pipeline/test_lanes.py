@@ -22,7 +22,7 @@ class _Cuda:
         self.outside = SimpleNamespace(name="outside", issued=0, waits=[], priority=None)
         self.current = self.outside
         self.streams: list[SimpleNamespace] = []
-        self.synchronized = 0
+        self.synchronized: list[object] = []
 
     def Stream(self, device: torch.device, priority: int) -> SimpleNamespace:
         stream = SimpleNamespace(issued=0, waits=[], priority=priority)
@@ -38,6 +38,7 @@ class _Cuda:
             event.place = (id(self.current), self.current.issued)
 
         event.record = record
+        event.synchronize = lambda: self.synchronized.append(event.place)
         event.elapsed_time = lambda other: 1000.0 * (other.place[1] - event.place[1])
         return event
 
@@ -49,9 +50,6 @@ class _Cuda:
 
     def current_stream(self, device: torch.device) -> SimpleNamespace:
         return self.current
-
-    def synchronize(self, device: torch.device) -> None:
-        self.synchronized += 1
 
 
 def _lanes() -> tuple[CudaLanes, _Cuda, dict[Lane, SimpleNamespace]]:
@@ -75,8 +73,8 @@ def test_each_kind_has_its_lane_and_messages_that_of_what_they_carry() -> None:
     assert {kind: lane_of(kind) for kind in (Kind.K, Kind.SEND_K, Kind.RECV_K)} == dict.fromkeys(
         (Kind.K, Kind.SEND_K, Kind.RECV_K), Lane.TEACHER
     )
-    assert {lane_of(kind) for kind in (Kind.REDUCE, Kind.NORM)} == {Lane.REDUCTIONS}
-    rest = set(Kind) - {Kind.K, Kind.SEND_K, Kind.RECV_K, Kind.REDUCE, Kind.NORM}
+    assert {lane_of(kind) for kind in (Kind.REDUCE, Kind.NORM, Kind.GATHER)} == {Lane.REDUCTIONS}
+    rest = set(Kind) - {Kind.K, Kind.SEND_K, Kind.RECV_K, Kind.REDUCE, Kind.NORM, Kind.GATHER}
     assert {lane_of(kind) for kind in rest} == {Lane.STUDENT}
     assert isinstance(lanes_of(torch.device("cpu")), HostLanes)
 
@@ -105,8 +103,29 @@ def test_lanes_wait_for_each_other_only_where_an_action_needs_it() -> None:
     _run(lanes, cuda, "1NORM", "1REDUCE", "0REDUCE")
     _run(lanes, cuda, "1STEP", "1NORM")
     assert student.waits[2:] == [(id(reductions), 2)]
-    lanes.end()
+    lanes.end(but=None)
     assert cuda.outside.waits == [(id(stream), stream.issued) for stream in cuda.streams]
+
+
+def test_a_gather_that_is_carried_holds_up_only_who_waits_for_it() -> None:
+    lanes, cuda, streams = _lanes()
+    cuda.outside.wait_event = lambda event: cuda.outside.waits.append(event.place)
+    lanes.begin()
+    _run(lanes, cuda, "1STEP")
+    with lanes.on(Lane.REDUCTIONS):
+        lanes.wait_for(Lane.REDUCTIONS, [parse("1STEP")])
+        cuda.current.issued += 1
+        end = lanes.mark()
+    lanes.end(but=Lane.REDUCTIONS)
+    student, teacher, reductions = (streams[lane] for lane in Lane)
+    assert cuda.outside.waits == [(id(student), 1), (id(teacher), 0)]
+    lanes.begin()
+    _run(lanes, cuda, "1K1")
+    assert (id(reductions), 1) not in student.waits + teacher.waits
+    lanes.wait_until(Lane.STUDENT, end)
+    assert student.waits[-1] == (id(reductions), 1)
+    lanes.wait_until(None, end)
+    assert cuda.outside.waits[-1] == (id(reductions), 1)
 
 
 def test_work_beside_waits_for_the_place_where_it_was_given() -> None:
@@ -127,7 +146,7 @@ def test_times_are_taken_on_the_lane_and_read_after_the_device_is_done() -> None
         mark = lanes.mark()
         assert mark.timing
     (zero_s,) = lanes.seconds([lanes._zero])
-    assert cuda.synchronized == 1
+    assert cuda.synchronized == [lanes._zero.place], "not for what comes after the marks"
     assert lanes.seconds([mark])[0] - zero_s == pytest.approx(3.0)
 
 
