@@ -6,6 +6,7 @@ optimizer's part. Weights that are not finite are never written into a checkpoin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 
 
-def check_skipped(progress: Progress, settings: Config, log: RunLog, checkpoints: Path) -> None:
+def check_skipped(
+    progress: Progress, settings: Config, log: RunLog, checkpoints: Path, *, settle: Callable[[], None]
+) -> None:
     """Say that the step just taken was skipped, if it was.
 
     Args:
         settings: of the round.
         checkpoints: the run's folder of them.
+        settle: waits for a checkpoint under way, so that it counts as kept.
     Raises:
         RunFailed: it was one too many, on every rank alike.
     """
@@ -37,6 +41,7 @@ def check_skipped(progress: Progress, settings: Config, log: RunLog, checkpoints
         f"train.max_skipped_steps={most})"
     )
     if in_a_row >= most:
+        settle()
         raise RunFailed(
             f"{in_a_row} steps in a row up to step {progress.step} had a loss or gradients that are not finite "
             f"(train.max_skipped_steps={most}); {_kept(checkpoints)}; a lower optimizer.lr may help, or other rows"

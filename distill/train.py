@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
     while running.progress.round_step < settings.train.steps:
         stopping = _take_step(running, session)
         progress = running.progress
+        check_skipped(progress, settings, log, running.checkpoints, settle=partial(_settle, mesh, saver))
         done = progress.round_step == settings.train.steps
         if _is_due(config.evaluate.every, progress.step) and not done:
             session.step.settle()
@@ -236,7 +238,6 @@ def _take_step(running: Running, session: Session) -> bool:
         )
         stopping, peak_bytes = agree(mesh, running.stop)
     log.step(step_metrics(progress, stats, session.planner, peak_bytes), total_steps=running.total_steps)
-    check_skipped(progress, settings, log, running.checkpoints)
     plan, events = session.step.last_plan, session.step.last_events
     for line in session.planner.observe(plan, events, step=progress.step):
         log.say(line)

@@ -87,4 +87,4 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _doing(sight: Sight) -> str:
-    return sight.doing or "what has no name"
+    return sight.doing or "work between its steps"

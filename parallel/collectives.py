@@ -131,13 +131,14 @@ def reduce_to_owners_(flat: Tensor, axis: Axis) -> None:
     if axis.size == 1:
         return
     parts = flat.chunk(axis.size)
-    if dist.get_backend(axis.group) != "gloo":
-        dist.reduce_scatter_single(parts[axis.rank], flat, group=axis.group)
-        return
-    reduce = partial(dist.reduce, group=axis.group, async_op=True)
-    works = [reduce(part, dst=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
-    for work in works:
-        work.wait()
+    with _waiting("a reduction to owners", axis):
+        if dist.get_backend(axis.group) != "gloo":
+            dist.reduce_scatter_single(parts[axis.rank], flat, group=axis.group)
+            return
+        reduce = partial(dist.reduce, group=axis.group, async_op=True)
+        works = [reduce(part, dst=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
+        for work in works:
+            work.wait()
 
 
 def gather_from_owners_(flats: Sequence[Tensor], axis: Axis) -> None:
@@ -150,15 +151,16 @@ def gather_from_owners_(flats: Sequence[Tensor], axis: Axis) -> None:
     if axis.size == 1:
         return
     works = []
-    for flat in flats:
-        parts = flat.chunk(axis.size)
-        if dist.get_backend(axis.group) != "gloo":
-            dist.all_gather_single(flat, parts[axis.rank], group=axis.group)
-            continue
-        send = partial(dist.broadcast, group=axis.group, async_op=True)
-        works += [send(part, src=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
-    for work in works:
-        work.wait()
+    with _waiting("a gather from owners", axis):
+        for flat in flats:
+            parts = flat.chunk(axis.size)
+            if dist.get_backend(axis.group) != "gloo":
+                dist.all_gather_single(flat, parts[axis.rank], group=axis.group)
+                continue
+            send = partial(dist.broadcast, group=axis.group, async_op=True)
+            works += [send(part, src=rank) for part, rank in zip(parts, axis.ranks, strict=True)]
+        for work in works:
+            work.wait()
 
 
 def broadcast_(tensor: Tensor, axis: Axis, *, source: int) -> None:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.activity import Doing
 from parallel.buckets import ALIGNED, Bucket, Run, Slot, runs
 from parallel.collectives import all_reduce_
 from parallel.flat import FlatBuffers
@@ -116,7 +117,8 @@ class DeepSpeedEngine:
                 flat = gradients[each.run.start : each.run.stop]
             _give(each.parameter, flat, self._zero)
         self._zero.setup_buckets()
-        self._zero.reduce_gradients()
+        with self._waiting("DeepSpeed's reductions"):
+            self._zero.reduce_gradients()
         squares = torch.zeros((), dtype=torch.float64, device=gradients.device)
         for placed, gradient in self._owned_gradients():
             if placed.run is not None and placed.run.is_counted:
@@ -126,6 +128,10 @@ class DeepSpeedEngine:
         norm = squares.sqrt()
         self._zero.scaled_global_norm = lambda: norm
         return norm
+
+    def _waiting(self, what: str) -> Doing:
+        """Return the context of DeepSpeed's collectives over dp."""
+        return self._axes.dp.activity.waiting(f"{what} over dp", self._axes.dp.ranks)
 
     def _owned_gradients(self) -> Iterator[tuple[_Placed, Tensor]]:
         """Yield the reduced gradients of this replica's partitions, run by run."""
@@ -151,7 +157,8 @@ class DeepSpeedEngine:
             for _, gradient in self._owned_gradients():
                 gradient.mul_(clip_factor)
         self.updater.set_rate(rate)
-        self._zero.step()
+        with self._waiting("DeepSpeed's update and gather"):
+            self._zero.step()
         self.updater.num_updates += 1
 
     def gather(self) -> None:

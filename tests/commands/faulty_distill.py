@@ -74,10 +74,10 @@ def in_step(fault: dict[str, Any]) -> None:
     call, do, loss = DistillationStep.__call__, Executor._do, DistillationStep._loss
     now = {"step": 0}
 
-    def counted(self: Any, step: int) -> Any:
+    def counted(self: Any, step: int, **how: Any) -> Any:
         now["step"] = step + 1
         try:
-            return call(self, step)
+            return call(self, step, **how)
         finally:
             now["step"] = 0
 

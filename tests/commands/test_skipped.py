@@ -69,8 +69,8 @@ def test_weights_that_are_not_finite_are_not_saved(
 ) -> None:
     original = DistillationStep.__call__
 
-    def step(self: DistillationStep, number: int) -> Any:
-        stats = original(self, number)
+    def step(self: DistillationStep, number: int, **how: Any) -> Any:
+        stats = original(self, number, **how)
         if number + 1 == 7:
             self.optimizer.state()[0][1]["weight"].change(lambda numbers: numbers * math.nan)
         return stats

@@ -47,7 +47,7 @@ def test_skipped_steps_are_counted_and_data_goes_on() -> None:
 def test_each_is_told_and_a_sound_one_ends_the_row(tmp_path: Path) -> None:
     log = Said()
     for skipped in ([True], [True, True], [True, True, False], [True, True, False, True]):
-        check_skipped(_steps(skipped), CONFIG, log, tmp_path)
+        check_skipped(_steps(skipped), CONFIG, log, tmp_path, settle=lambda: None)
     assert [line[:6] for line in log.lines] == ["step 1", "step 2", "step 4"]
     assert "(2 in a row, train.max_skipped_steps=3)" in log.lines[1] and "(1 in a row" in log.lines[2]
 
@@ -56,11 +56,14 @@ def test_each_is_told_and_a_sound_one_ends_the_row(tmp_path: Path) -> None:
     ("saved", "kept"), [((), "there is no checkpoint yet"), ((2, 4), "the checkpoint of step 4 is kept")]
 )
 def test_too_many_in_a_row_end_the_run(saved: tuple[int, ...], kept: str, tmp_path: Path) -> None:
-    for step in saved:
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    def settle() -> None:
+        """Complete the checkpoints that are under way."""
+        for step in saved:
+            (tmp_path / f"step-{step:08d}").mkdir()
+            (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+
     with pytest.raises(RunFailed, match=f"3 steps in a row up to step 4 .* {kept}"):
-        check_skipped(_steps([False, True, True, True]), CONFIG, Said(), tmp_path)
+        check_skipped(_steps([False, True, True, True]), CONFIG, Said(), tmp_path, settle=settle)
 
 
 @pytest.mark.parametrize("name", ["weight", "exp_avg", "exp_avg_sq"])

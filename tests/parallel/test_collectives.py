@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +14,8 @@ import torch.distributed as dist
 from parallel.collectives import (
     all_gather,
     all_reduce_,
+    barrier,
+    broadcast_,
     broadcast_object,
     copy_to_tp,
     gather_from_owners_,
@@ -51,6 +58,45 @@ def _to_owners_and_back(axis: Axis) -> None:
     reduce_to_owners_(alone, Axis("dp"))
     gather_from_owners_([alone], Axis("dp"))
     assert torch.equal(alone, torch.ones(3))
+
+
+def _waits() -> None:
+    """Come late to each collective on the last rank; the first says meanwhile what it waits for, and for whom."""
+    mesh = Mesh.create(pp=1, dp=2, tp=1)
+    axis, number = mesh.dp, torch.ones(2)
+    collectives: dict[str, Callable[[], object]] = {
+        "an all-reduce over dp": lambda: all_reduce_(number, axis),
+        "an all-gather over dp": lambda: all_gather(number, axis, dim=0, sizes=[2, 2]),
+        "a reduction to owners over dp": lambda: reduce_to_owners_(number, axis),
+        "a gather from owners over dp": lambda: gather_from_owners_([number], axis),
+        "a broadcast over dp": lambda: broadcast_(number, axis, source=1),
+        "a gather over dp": lambda: gather_objects(1, axis),
+        "a barrier over dp": lambda: barrier(axis),
+    }
+    for name, collective in collectives.items():
+        seen: set[tuple[str, tuple[int, ...]]] = set()
+        if mesh.world.is_first:
+            done = threading.Event()
+
+            def look(seen: set[Any] = seen, done: threading.Event = done) -> None:
+                while not done.wait(0.02):
+                    sight = mesh.activity.look()
+                    seen.add((sight.waits_for, tuple(sight.peers)))
+
+            watcher = threading.Thread(target=look)
+            watcher.start()
+            collective()
+            done.set()
+            watcher.join()
+            assert (name, (0, 1)) in seen, (name, seen)
+        else:
+            time.sleep(0.3)
+            collective()
+        barrier(axis)
+
+
+def test_who_waits_in_a_collective_says_so() -> None:
+    run_distributed(2, _waits)
 
 
 def _boundaries() -> None:
