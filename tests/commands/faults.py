@@ -145,7 +145,8 @@ def signalled(inputs: Inputs, folder: Path, number: signal.Signals) -> Outcome:
 
 def damaged(inputs: Inputs, folder: Path, harm: Callable[[Path], object]) -> Outcome:
     """Harm the newest checkpoint of a run that was killed, and go on with it."""
-    killed = provoke(inputs, folder, in_action("kill"))
+    # Late, so that there are two.
+    killed = provoke(inputs, folder, in_action("kill") | {"step": 8})
     assert killed.kept.startswith("step-"), killed.err
     (file,) = (folder / "checkpoints" / killed.kept).glob("stage-001-tp-00.safetensors")
     harm(file)
