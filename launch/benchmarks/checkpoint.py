@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from distill.config import ConfigError
-from distill.convert import either
 from launch.benchmarks._crew import run_jobs, say
 from launch.benchmarks._inputs import load_step, microbatches, model_folders
+from launch.benchmarks._options import read_options
 from launch.benchmarks._pipeline_sides import Job as Training
 from parallel.checkpoint import Saver
 from parallel.collectives import barrier
@@ -78,7 +78,8 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: an unknown option, or a number out of range.
     """
-    chosen = _read(options)
+    least = {"pp": 1, "microbatches": 1, "rows": 1, "seq_len": 2, "every": 1, "turns": 1}
+    chosen = read_options(_Options, options, least=least)
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         teacher, student = model_folders(chosen.teacher, chosen.student, Path(folder))
@@ -146,22 +147,6 @@ class Session:
         assert plan is not None
         self._planner.observe(plan, self._step.last_events)
         self._number += 1
-
-
-def _read(options: Mapping[str, Any]) -> _Options:
-    """The options over the defaults, checked."""
-    names = list(_Options.__dataclass_fields__)
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"{name} is no option; use {either(names)}")
-    chosen = replace(_Options(), **options)
-    for name in ("pp", "microbatches", "rows", "every", "turns"):
-        value = getattr(chosen, name)
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value}; use a whole number, 1 or more")
-    if type(chosen.seq_len) is not int or chosen.seq_len < 2:
-        raise ConfigError(f"seq_len={chosen.seq_len}; use a whole number, 2 or more")
-    return chosen
 
 
 def _rows(chosen: _Options, found: Mapping[bool, Sequence[_Result]]) -> list[dict[str, Any]]:

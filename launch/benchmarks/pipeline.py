@@ -36,6 +36,7 @@ from distill.config import ConfigError
 from distill.convert import either
 from launch.benchmarks._crew import run_jobs, say
 from launch.benchmarks._inputs import check_losses, model_folders
+from launch.benchmarks._options import read_options
 from launch.benchmarks._pipeline_sides import MEASURED_STEPS, OURS, PEER, Job, Result, Session
 
 _SIDES = (*OURS, PEER)
@@ -101,18 +102,8 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _read(options: Mapping[str, Any]) -> _Options:
     """The options over the defaults, checked."""
-    names = list(_Options.__dataclass_fields__)
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"{name} is no option; use {either(names)}")
-    given = dict(options)
-    if "sides" in given:
-        given["sides"] = tuple(given["sides"]) if isinstance(given["sides"], list) else (given["sides"],)
-    chosen = replace(_Options(), **given)
-    for name, least in {"pp": 2, "microbatches": 1, "rows": 1, "seq_len": 2, "turns": 1}.items():
-        value = getattr(chosen, name)
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value}; use a whole number, {least} or more")
+    least = {"pp": 2, "microbatches": 1, "rows": 1, "seq_len": 2, "turns": 1}
+    chosen = read_options(_Options, options, least=least)
     if PEER in chosen.sides and chosen.microbatches < chosen.pp:
         raise ConfigError(
             f"microbatches={chosen.microbatches} is less than pp={chosen.pp}, which Schedule1F1B refuses"

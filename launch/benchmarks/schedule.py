@@ -28,12 +28,13 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from distill.config import ConfigError
 from distill.convert import either, show
 from launch.benchmarks._crew import run_jobs, say
+from launch.benchmarks._options import read_options
 from launch.benchmarks._schedule_cases import OURS, Case, Job
 from launch.benchmarks._sleeping import Result, Session
 from launch.benchmarks._torch_pipelining import ENGINES
@@ -53,16 +54,13 @@ Measured = list[Result] | str
 class _Grid:
     """The options."""
 
-    pp: list[int]
-    m_factors: list[int]
-    r: list[float]
-    forward_ms: float
-    steps: int
-    rounds: int
-    engines: list[str]
-
-
-_DEFAULTS = _Grid([4, 8], [1, 2, 4], [1, 2, 4], 40, 3, 1, ["fill", "fill_zero_bubble", "inline", *ENGINES])
+    pp: tuple[int, ...] = (4, 8)
+    m_factors: tuple[int, ...] = (1, 2, 4)
+    r: tuple[float, ...] = (1, 2, 4)
+    forward_ms: float = 40
+    steps: int = 3
+    rounds: int = 1
+    engines: tuple[str, ...] = ("fill", "fill_zero_bubble", "inline", *ENGINES)
 
 
 def run(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -102,23 +100,10 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _read(options: dict[str, Any]) -> _Grid:
     """The options over the defaults, checked; a list of one may be given as its only entry."""
-    names = [field.name for field in fields(_Grid)]
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"{name} is no option; use {either(names)}")
-    lists = {
-        name: value if isinstance(value, list) or not isinstance(getattr(_DEFAULTS, name), list) else [value]
-        for name, value in options.items()
-    }
-    grid = replace(_DEFAULTS, **lists)
-    for name, least in (("pp", 2), ("m_factors", 1), ("steps", 1), ("rounds", 1)):
-        given = getattr(grid, name)
-        for value in given if isinstance(given, list) else [given]:
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value}; use a whole number, {least} or more")
+    grid = read_options(_Grid, options, least={"pp": 2, "m_factors": 1, "steps": 1, "rounds": 1})
     for name in ("r", "forward_ms"):
         given = getattr(grid, name)
-        for value in given if isinstance(given, list) else [given]:
+        for value in given if isinstance(given, tuple) else [given]:
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ConfigError(f"{name}={value}; use a number above 0")
     known = (*OURS, *ENGINES)
@@ -126,7 +111,7 @@ def _read(options: dict[str, Any]) -> _Grid:
         if engine not in known:
             raise ConfigError(f"engines={engine}; use {either(known)}")
     if not set(grid.engines) & set(_RIVALS):
-        raise ConfigError(f"engines={show(grid.engines)} has nothing to compare; add {either(_RIVALS)}")
+        raise ConfigError(f"engines={show(list(grid.engines))} has nothing to compare; add {either(_RIVALS)}")
     return grid
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from distill.config import ConfigError
 from distill.convert import either
 from launch.benchmarks._crew import run_jobs, say
+from launch.benchmarks._options import read_options
 from parallel.mesh import Mesh
 from parallel.optimizer import LearningRate, StageOptimizer
 from parallel.update_rules import OptimizerOptions
@@ -194,23 +195,7 @@ def _row(case: str, figures: Mapping[str, float], engine: str, bound: float) -> 
 
 def _read(options: Mapping[str, Any]) -> Job:
     """The options over the defaults, checked."""
-    names = list(Job.__dataclass_fields__)
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"{name} is no option; use {either(names)}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    for name in ("dp", "engines"):
-        if name in given and not isinstance(given[name], tuple):
-            given[name] = (given[name],)
-    job = replace(Job(), **given)
-    for name, values, least in (
-        ("dp", job.dp, 2),
-        ("layers", [job.layers], 1),
-        ("hidden", [job.hidden], 3),
-        ("turns", [job.turns], 2),
-    ):
-        if not all(type(value) is int and value >= least for value in values):
-            raise ConfigError(f"{name}={options[name]}; use whole numbers, {least} or more")
+    job = read_options(Job, options, least={"dp": 2, "layers": 1, "hidden": 3, "turns": 2})
     for name, value, known in (
         *(("engines", engine, _ENGINES) for engine in job.engines),
         ("dtype", job.dtype, _DTYPES),

@@ -25,8 +25,8 @@ def test_rows_compare_each_engine_with_replicas_that_hold_everything(engines: li
     ("options", "words"),
     [
         ({"dq": 2}, "dq is no option; use dp"),
-        ({"dp": [1, 2]}, r"dp=\[1, 2\]; use whole numbers, 2 or more"),
-        ({"turns": 1}, "turns=1; use whole numbers, 2 or more"),
+        ({"dp": [1, 2]}, "dp=1; use a whole number, 2 or more"),
+        ({"turns": 1}, "turns=1; use a whole number, 2 or more"),
         ({"engines": "apex"}, "engines=apex; use torch or deepspeed"),
         ({"dtype": "int8"}, "dtype=int8; use bfloat16 or float32"),
     ],
