@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from distill import train
 from launch import distill
 from parallel import checkpoint
+from parallel.optimizer import StageOptimizer
 from tests.commands.test_resume import assert_same_run
 from tests.commands.tiny_run import STEPS, Inputs, call, losses, metrics
 from tests.parallel.forged import admit
@@ -106,6 +109,24 @@ def test_nothing_is_unpickled(inputs: Inputs, reference: Path, tmp_path: Path) -
     assert not proof.exists()
     pickle.loads(planted)
     assert proof.exists(), "the pickle would have shown itself"
+
+
+def test_parameters_that_come_late_are_waited_for(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next step, judging, saving and what is exported: bf16 parameters are copies of their masters."""
+    gather, calls = StageOptimizer.gather, itertools.count(1)
+
+    def late(self: StageOptimizer) -> None:
+        # The run's end has other things to do first.
+        time.sleep(3 if next(calls) == 4 else 0.3)
+        gather(self)
+
+    arguments = ("train.dtype=bfloat16", "train.steps=4", "evaluate.every=2", "checkpoint.every=3")
+    assert call(distill.COMMAND, inputs.settings(tmp_path / "prompt", *arguments)).code == 0
+    monkeypatch.setattr(StageOptimizer, "gather", late)
+    assert call(distill.COMMAND, inputs.settings(tmp_path / "late", *arguments)).code == 0
+    assert_same_run(tmp_path / "late", tmp_path / "prompt")
 
 
 def test_the_number_of_rows_in_a_microbatch_may_change(
