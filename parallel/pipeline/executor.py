@@ -96,7 +96,9 @@ class Executor:
             kind = entry.action.kind
             if kind in _BESIDE:
                 under_way = gathers if kind is Kind.GATHER else reductions
-                under_way.append(self.beside(partial(self._do, entry, its_number)))
+                # What it needs is on this lane by now, or beside before it; it may begin after this list has ended.
+                with self._lanes.on(Lane.STUDENT):
+                    under_way.append(self.beside(partial(self._do, entry, its_number)))
                 continue
             if kind is Kind.STEP:
                 done += self._results(reductions)

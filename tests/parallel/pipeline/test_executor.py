@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
+import torch
 
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Kind, Plan, Shape, parse
 from parallel.pipeline.executor import ActionFailed, Executor
+from parallel.pipeline.lanes import CudaLanes
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.simulate import Event
+from tests.parallel.pipeline.test_lanes import DoubleOfCuda
 
 PLACE = "rank 3 (pp 1, dp 0, tp 1)"
 TEXTS = ("1F0", "1B0", "1W0", "1REDUCE", "1K1", "1NORM", "1STEP", "1GATHER")
@@ -107,6 +110,28 @@ def test_the_next_forward_waits_for_a_gather_that_is_carried_and_the_teacher_doe
         executor.close()
     assert order == ["1F0", "1STEP", "1K3", "1GATHER", "1F2", "1STEP"]
     assert sorted(str(event.action) for event in events) == ["1F0", "1GATHER", "1K1", "1STEP"]
+
+
+def test_on_a_gpu_a_gather_that_begins_late_still_waits_for_the_step() -> None:
+    cuda = DoubleOfCuda()
+
+    def handle(action: Action) -> None:
+        cuda.current.issued += 1
+
+    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, ("1F0", "1STEP", "1GATHER")))))
+    executor = Executor(_all(handle), Links(Mesh.single(), {}), rank=1, place=PLACE)
+    executor._lanes = CudaLanes(torch.device("cuda", 0), cuda)
+    student, _, reductions = cuda.streams
+    release = threading.Event()
+    try:
+        executor.beside(lambda: release.wait(5))
+        executor.run(plan, first_microbatch=0, carries=True)
+        release.set()
+        executor.settle()
+    finally:
+        executor.close()
+    assert (id(student), 2) in reductions.waits and reductions.issued == 1
+    assert cuda.outside.waits[-1] == (id(reductions), 1)
 
 
 def test_settling_waits_for_a_gather_and_tells_its_failure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,14 +16,20 @@ from parallel.pipeline.lanes import CudaLanes, HostLanes, Lane, lane_of, lanes_o
 DEVICE = torch.device("cuda", 0)
 
 
-class _Cuda:
-    """Streams that count what was issued on them; an event is a place of a stream."""
+class DoubleOfCuda:
+    """Streams that count what was issued on them; an event is a place of a stream. Each thread has its current one."""
 
     def __init__(self) -> None:
         self.outside = SimpleNamespace(name="outside", issued=0, waits=[], priority=None)
-        self.current = self.outside
+        self.outside.wait_event = lambda event: self.outside.waits.append(event.place)
+        self.outside.wait_stream = lambda other: self.outside.waits.append((id(other), other.issued))
+        self._local = threading.local()
         self.streams: list[SimpleNamespace] = []
         self.synchronized: list[object] = []
+
+    @property
+    def current(self) -> SimpleNamespace:
+        return getattr(self._local, "current", self.outside)
 
     def Stream(self, device: torch.device, priority: int) -> SimpleNamespace:
         stream = SimpleNamespace(issued=0, waits=[], priority=priority)
@@ -44,22 +51,21 @@ class _Cuda:
 
     @contextmanager
     def stream(self, stream: SimpleNamespace) -> Iterator[None]:
-        before, self.current = self.current, stream
+        before, self._local.current = self.current, stream
         yield
-        self.current = before
+        self._local.current = before
 
     def current_stream(self, device: torch.device) -> SimpleNamespace:
         return self.current
 
 
-def _lanes() -> tuple[CudaLanes, _Cuda, dict[Lane, SimpleNamespace]]:
-    cuda = _Cuda()
-    cuda.outside.wait_stream = lambda other: cuda.outside.waits.append((id(other), other.issued))
+def _lanes() -> tuple[CudaLanes, DoubleOfCuda, dict[Lane, SimpleNamespace]]:
+    cuda = DoubleOfCuda()
     lanes = CudaLanes(DEVICE, cuda)
     return lanes, cuda, dict(zip((Lane.STUDENT, Lane.TEACHER, Lane.REDUCTIONS), cuda.streams, strict=True))
 
 
-def _run(lanes: CudaLanes, cuda: _Cuda, text: str, *needs: str) -> None:
+def _run(lanes: CudaLanes, cuda: DoubleOfCuda, text: str, *needs: str) -> None:
     """Issue an action of one kernel, as the executor does."""
     action = parse(text)
     lane = lane_of(action.kind)
@@ -109,7 +115,6 @@ def test_lanes_wait_for_each_other_only_where_an_action_needs_it() -> None:
 
 def test_a_gather_that_is_carried_holds_up_only_who_waits_for_it() -> None:
     lanes, cuda, streams = _lanes()
-    cuda.outside.wait_event = lambda event: cuda.outside.waits.append(event.place)
     lanes.begin()
     _run(lanes, cuda, "1STEP")
     with lanes.on(Lane.REDUCTIONS):
