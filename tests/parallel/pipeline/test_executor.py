@@ -126,6 +126,7 @@ def test_on_a_gpu_a_gather_that_begins_late_still_waits_for_the_step() -> None:
     try:
         executor.beside(lambda: release.wait(5))
         executor.run(plan, first_microbatch=0, carries=True)
+        assert id(reductions) not in [stream for stream, _ in cuda.outside.waits], "nothing is held up yet"
         release.set()
         executor.settle()
     finally:
