@@ -7,7 +7,7 @@
       ...                           small files that the caller gives along
 
 A folder under its final name is complete: every rank has written and synced its file before rank 0 renames the
-folder. A step waits only for the copy of its state. A disk that is full or broken on any rank costs this checkpoint and
+folder. A step waits only for the copy of its state, whose memory is kept for the next one. A disk that is full or broken on any rank costs this checkpoint and
 nothing else: all ranks learn of it, the half-written folder goes, those before stay. Each replica writes its own part, also of
 what all hold; of the two ends of a tie one writes. The teacher is not in it. Only JSON and safetensors are read. Any layout restores from
 any other (`parallel.checkpoint_files`); what is sound, `parallel.checkpoint_folders` says.
@@ -74,13 +74,13 @@ class _State:
     extras: dict[str, Any]
 
 
-def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any]) -> _State:
-    """Copy what this rank writes."""
+def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any], memory: dict[str, Tensor]) -> _State:
+    """Copy what this rank writes into memory that is kept from one time to the next, by name."""
     state = _State(step, optimizer.num_updates, {}, {}, {}, extras)
     for entry, parts in optimizer.share():
         for kind, part in parts.items() if not entry.is_tied_copy else ():
             name, shape = tensor_name(kind, entry), tuple(entry.parameter.shape)
-            values = part.read().to("cpu", copy=True)
+            values = _kept_copy(part.read(), memory, name)
             if part.stop - part.start == entry.parameter.numel():
                 values = values.view(shape)
             else:
@@ -89,6 +89,15 @@ def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any]) -> _Stat
             if entry.shard is not None:
                 state.shards[name] = entry.shard
     return state
+
+
+def _kept_copy(values: Tensor, memory: dict[str, Tensor], name: str) -> Tensor:
+    """Return a copy on the CPU, in the memory of that name if it is there and fits."""
+    copy = memory.get(name)
+    if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
+        # Fresh memory costs more than the copy: a page fault for each 4 KB, and a GPU's copies want it pinned.
+        copy = memory[name] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+    return copy.copy_(values)
 
 
 class Saver:
@@ -113,6 +122,7 @@ class Saver:
     ) -> None:
         self._root, self._optimizer, self._mesh, self._keep = root, optimizer, mesh, keep
         self._companions = dict(companions or {})
+        self._memory: dict[str, Tensor] = {}
         self._beside = Background(THREAD, yields=True)
         self._untold: list[str] = []
         self.newest: Path | None = None
@@ -132,7 +142,7 @@ class Saver:
         Collectives: on the thread, over `mesh.background`: a broadcast, a gather of file records, a broadcast.
         """
         self.wait()
-        state = _copy(self._optimizer, step, extras)
+        state = _copy(self._optimizer, step, extras, self._memory)
         self._beside.give(partial(self._write, state))
 
     def check(self) -> list[str]:
