@@ -128,17 +128,18 @@ class Session:
                 self._mesh,
                 lambda step: microbatches(training.input_ids(step), training.rows),
             )
-        with Saver(Path(turn.root) / "checkpoints", self._step.optimizer, self._mesh, keep=_KEEP) as saver:
-            barrier(self._mesh.world)
-            start_s = time.perf_counter()
-            if turn.saves:
-                saver.save(self._number, {})
-            save_s = time.perf_counter() - start_s
-            for _ in range(training.turn):
-                self._take_step()
-            saver.wait()
-            step_s = (time.perf_counter() - start_s) / training.turn
-        assert saver.failure is None, saver.failure
+            # One for all turns, as a round has one.
+            self._saver = Saver(Path(turn.root) / "checkpoints", self._step.optimizer, self._mesh, keep=_KEEP)
+        barrier(self._mesh.world)
+        start_s = time.perf_counter()
+        if turn.saves:
+            self._saver.save(self._number, {})
+        save_s = time.perf_counter() - start_s
+        for _ in range(training.turn):
+            self._take_step()
+        self._saver.wait()
+        step_s = (time.perf_counter() - start_s) / training.turn
+        assert self._saver.failure is None, self._saver.failure
         return _Result(step_s, save_s)
 
     def _take_step(self) -> None:
