@@ -175,7 +175,7 @@ def _score(shape: dict[str, int], folders: dict[str, str]) -> dict[str, tuple[Sc
 @pytest.mark.parametrize(
     "shape",
     [
-        {"pp": 1, "dp": 1, "tp": 2},
+        pytest.param({"pp": 1, "dp": 1, "tp": 2}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "dp": 1, "tp": 2}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "dp": 2, "tp": 1}, marks=pytest.mark.slow),
     ],
