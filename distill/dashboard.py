@@ -1,8 +1,8 @@
 """The run on Weights & Biases: opened, fed, and closed with its summary and pictures. The only file that imports wandb.
 
-Decides that nothing here ends a run or holds it up: `metrics.jsonl` has the same numbers. What wandb is given goes through a thread
-of its own, on which it may fail or hang; a failure is told in one line and nothing more is sent. An online run that cannot be
-opened becomes an offline one, which `wandb sync` uploads later.
+Decides that nothing here ends a run or holds it up: `metrics.jsonl` has the same numbers. wandb is opened and fed on a thread of
+its own, on which it may fail or hang; a failure is told in one line and nothing more is sent. An online run that cannot be
+opened becomes an offline one, which `wandb sync` uploads later; what was logged meanwhile goes there.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _PATIENCE_S = 15
 
 
 class Dashboard:
-    """An open run."""
+    """The wandb run of a folder, open or about to be; a run that goes on keeps its id, so that an upload makes one run of it."""
 
-    def __init__(self, run: Any, folder: Path) -> None:
-        self._run, self._folder = run, folder
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._run: Any = None
         self._failed = False
         self._beside = Background("wandb", yields=True)
+        self._beside.give(self._open)
 
     def log(self, values: Mapping[str, Any], *, step: int) -> None:
         """Hand numbers over; returns at once and raises nothing."""
@@ -40,10 +42,23 @@ class Dashboard:
         """Hand over the summary and the pictures, and write out what wandb has buffered; waits, but not for ever."""
         self._beside.give(partial(self._try, partial(self._finish, summary, failed=failed)))
         done = self._beside.submit(lambda: None)
-        if not wait([done], _FINISH_S + _PATIENCE_S).done:
-            _warn(f"wandb did not come to an end in {_FINISH_S + _PATIENCE_S} s; it is left behind")
+        limit_s = _FINISH_S + _PATIENCE_S + (_OPEN_S if self._run is None else 0)
+        if not wait([done], limit_s).done:
+            _warn(f"wandb did not come to an end in {limit_s} s; it is left behind")
             return
         self._beside.close()
+
+    def _open(self) -> None:
+        modes = ["online", "offline"] if self._config.log.wandb == "online" else [self._config.log.wandb]
+        for mode in modes:
+            try:
+                self._run = _start(self._config, self._folder, mode)
+            except Exception as error:  # noqa: BLE001 - a server, a network, a disk: nothing that ends a run
+                then = "it goes on offline" if mode == "online" else "the run goes on without"
+                _warn(f"log.wandb={mode} did not start ({_first_line(error)}); {then}")
+            else:
+                return
+        self._failed = True
 
     def _try(self, work: Any) -> None:
         if self._failed:
@@ -62,22 +77,6 @@ class Dashboard:
             self._run.log({picture.stem: html})
         self._run.summary.update(flatten(summary))
         self._run.finish(exit_code=int(failed))
-
-
-def open_dashboard(config: Config, folder: Path) -> Dashboard | None:
-    """Open the wandb run of this folder; a run that goes on keeps its id, so that a later upload makes one run of it.
-
-    Returns:
-        The run, offline where an online one cannot be had; None, said in a line, where wandb does not work at all.
-    """
-    modes = ["online", "offline"] if config.log.wandb == "online" else [config.log.wandb]
-    for mode in modes:
-        try:
-            return Dashboard(_start(config, folder, mode), folder)
-        except Exception as error:  # noqa: BLE001 - a server, a network, a disk: nothing that ends a run
-            then = "it goes on offline" if mode == "online" else "the run goes on without"
-            _warn(f"log.wandb={mode} did not start ({_first_line(error)}); {then}")
-    return None
 
 
 def _start(config: Config, folder: Path, mode: str) -> Any:

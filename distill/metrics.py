@@ -26,7 +26,7 @@ from typing import Any, Self
 from distill.config import Config
 from distill.convert import config_to_dict
 from distill.curve import draw_curve
-from distill.dashboard import Dashboard, open_dashboard
+from distill.dashboard import Dashboard
 from distill.health import Health
 from distill.line_file import LineFile
 from distill.runfolder import (
@@ -78,7 +78,7 @@ class RunLog:
         self.evaluations = cut_lines(self._folder / EVALUATIONS_FILE, last_step=done_steps)
         self._metrics = LineFile(self._folder / METRICS_FILE)
         if config.log.wandb != "disabled":
-            self._wandb = open_dashboard(config, self._folder)
+            self._wandb = Dashboard(config, self._folder)
         self._beside = Background("log", yields=True)
 
     def __enter__(self) -> Self:

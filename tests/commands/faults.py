@@ -391,7 +391,7 @@ FAULTS = (
         _fault(nan_in(list(range(4, 99))), "train.max_skipped_steps=3"),
         1,
         r"failed: 3 steps in a row up to step 6 .* the checkpoint of step 2 is kept",
-        lines=1,
+        lines=4,
     ),
     Fault("sigterm", "SIGTERM to the launcher", partial(signalled, number=signal.SIGTERM), 0, ""),
     Fault("ctrl-c", "Ctrl-C", partial(signalled, number=signal.SIGINT), 0, "stopping after the step"),

@@ -114,6 +114,26 @@ def test_a_log_that_hangs_holds_nothing_up(
     assert "warning: wandb did not come to an end" in capsys.readouterr().err
 
 
+def test_opening_holds_nothing_up_and_nothing_is_lost_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, fake = threading.Event(), Fake()
+
+    def init(**settings: Any) -> Fake:
+        assert gate.wait(60)
+        return fake
+
+    monkeypatch.setattr("wandb.init", init)
+    with RunLog(config_in(tmp_path, "online"), writes=True) as log:
+        for step in (1, 2, 3):
+            log.step(numbers(step), total_steps=3)
+        log.flush()
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3 and not fake.logged
+        gate.set()
+        log.finish({"table": []})
+    assert fake.logged[:3] == [1, 2, 3] and fake.ends == [0]
+
+
 @pytest.mark.slow
 def test_the_real_wandb_without_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
