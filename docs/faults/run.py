@@ -26,7 +26,7 @@ HEAD = f"""# What comes of each fault
 
 Made by `docs/faults/run.py`: runs of four processes (pp 2 x dp 2, tiny models, two rounds of 8 steps, a checkpoint every other step),
 `train.timeout_s={TIMEOUT_S:.0f}`, each with one fault. *Gone* is the time from the fault until no process of the run is left; a run that goes
-on has none. *Kept* is the newest complete checkpoint; "the finished run, equal" means that its students are those of the
+on has none (a frozen process heeds no SIGTERM: torchrun waits 30 s before it kills it). *Kept* is the newest complete checkpoint; "the finished run, equal" means that its students are those of the
 undisturbed run, bit for bit.
 
 | fault | exit code | gone after s | kept | message |

@@ -225,6 +225,8 @@ class Fault:
     """Regular expression that a line of the message matches; empty where nothing is to be said."""
     lines: int | None = None
     """Of the message; None where that is not promised."""
+    killed_after_s: float = 0.0
+    """How long the launcher lets a process be that does not heed SIGTERM."""
 
 
 def _fault(fault: dict[str, Any], *overrides: str, **how: Any) -> Callable[[Inputs, Path], Outcome]:
@@ -335,6 +337,7 @@ FAULTS = (
         _fault(in_action("freeze")),
         1,
         r"  rank 2 .* gives no sign of life; it was last seen in ",
+        killed_after_s=30.0,
     ),
     Fault(
         "full-disk",
@@ -360,7 +363,14 @@ FAULTS = (
         r"passed over step-0000000\d: .* set aside as step-0000000\d.damaged",
         lines=1,
     ),
-    Fault("data-gone", "the corpus disappears in the middle of the run", vanishing, 0, ""),
+    Fault(
+        "data-gone",
+        "the corpus disappears in the first round (whose rows are read by then)",
+        vanishing,
+        2,
+        r"error: data.path=.*data-gone.jsonl does not exist",
+        lines=1,
+    ),
     Fault(
         "data-broken",
         "a record of the corpus is broken, `--max-restarts 3`",
@@ -415,7 +425,8 @@ def wrong(fault: Fault, outcome: Outcome) -> str | None:
         return f"no line is like {fault.says!r}: {message}"
     if fault.lines is not None and len(message) != fault.lines:
         return f"{len(message)} lines, not {fault.lines}: {message}"
-    if outcome.code and outcome.gone_s is not None and outcome.gone_s > TIMEOUT_S + LATER_S * slowness():
+    limit_s = TIMEOUT_S + LATER_S * slowness() + fault.killed_after_s
+    if outcome.code and outcome.gone_s is not None and outcome.gone_s > limit_s:
         return f"gone after {outcome.gone_s:.0f} s"
     return f"{outcome.left} processes are left" if outcome.left else None
 

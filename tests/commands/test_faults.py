@@ -12,7 +12,7 @@ from tests.commands.tiny_run import Inputs, metrics
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SAME_END = (
     *("kill-restart", "kill-plain", "kill-save", "kill-rounds"),
-    *("full-disk", "cut-short", "flipped-bit", "data-gone", "wandb"),
+    *("full-disk", "cut-short", "flipped-bit", "wandb"),
 )
 
 
