@@ -42,8 +42,10 @@ COMMON = {
     "checkpoint.keep": 1,
     "log.wandb": "disabled",
     "train.tokens": SHORT,
+    "train.timeout_s": 86_400,
 }
-"""A constant learning rate, so that a run's level after 100k tokens is that of a run of 100k tokens."""
+"""A constant learning rate, so that a run's level after 100k tokens is that of a run of 100k tokens; a long
+timeout, so that a study may be suspended while the machine does something else."""
 
 WIDE = {"student.prune.intermediate_size": 896}
 """75 % of the teacher's parameters (101.3M of 134.5M): 896 of 1,536 feed-forward channels."""
@@ -76,12 +78,12 @@ STUDENTS: dict[str, dict[str, object]] = {
     "two-of-four": {"student.sparsity.method": "wanda", "student.sparsity.pattern": "'2:4'"},
     "moments-kept": {"rounds": MOMENTS.format("keep")},
     "moments-reset": {"rounds": MOMENTS.format("reset")},
-    "wide": WIDE | {"train.tokens": LONG},
-    "wide-hard": WIDE | {"loss.alpha": 1, "train.tokens": LONG},
-    "half-again": HALF | AGAIN | {"train.tokens": LONG},
-    "half-t1-again": HALF | AGAIN | {"loss.temperature": 1, "train.tokens": LONG},
-    "half-alpha0-again": HALF | AGAIN | {"loss.alpha": 0, "train.tokens": LONG},
-    "half-alpha7-again": HALF | AGAIN | {"loss.alpha": 0.7, "train.tokens": LONG},
+    "wide": WIDE,
+    "wide-hard": WIDE | {"loss.alpha": 1},
+    "half-again": HALF | AGAIN,
+    "half-t1-again": HALF | AGAIN | {"loss.temperature": 1},
+    "half-alpha0-again": HALF | AGAIN | {"loss.alpha": 0},
+    "half-alpha7-again": HALF | AGAIN | {"loss.alpha": 0.7},
 }
 """What each student's run sets beside `COMMON`; all else is the recipes' default (T = 2, alpha = 0.3)."""
 
