@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,13 @@ def _short(value: float | None) -> float | None:
 def main() -> None:
     """Train the students named on the command line, or all."""
     with ThreadPoolExecutor(CORES) as crew:
-        list(crew.map(train, sys.argv[1:] or STUDENTS))
+        students = [crew.submit(train, name) for name in sys.argv[1:] or STUDENTS]
+        wait(students, return_when=FIRST_EXCEPTION)
+        # One that was stopped stops those that have not begun.
+        crew.shutdown(cancel_futures=True)
+        for student in students:
+            if not student.cancelled():
+                student.result()
 
 
 if __name__ == "__main__":
