@@ -22,6 +22,8 @@ _OPEN_S, _FINISH_S = 60, 60
 """How long wandb may take to open a run, and to upload the rest at its end."""
 _PATIENCE_S = 15
 """How much longer it is waited for than it has promised."""
+_OPEN_SHARE, _END_SHARE = 0.25, 0.5
+"""Of `train.timeout_s` that both may take at most: the other ranks may be waiting for this one, which must not look like a hang."""
 
 
 class Dashboard:
@@ -43,8 +45,9 @@ class Dashboard:
         self._beside.give(partial(self._try, partial(self._finish, summary, failed=failed)))
         done = self._beside.submit(lambda: None)
         limit_s = _FINISH_S + _PATIENCE_S + (_OPEN_S if self._run is None else 0)
+        limit_s = min(limit_s, _END_SHARE * self._config.train.timeout_s)
         if not wait([done], limit_s).done:
-            _warn(f"wandb did not come to an end in {limit_s} s; it is left behind")
+            _warn(f"wandb did not come to an end in {limit_s:g} s; it is left behind")
             return
         self._beside.close()
 
@@ -82,6 +85,7 @@ class Dashboard:
 def _start(config: Config, folder: Path, mode: str) -> Any:
     import wandb
 
+    open_s = min(_OPEN_S, _OPEN_SHARE * config.train.timeout_s)
     id_file = folder / "wandb" / "run_id"
     known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
     run = wandb.init(
@@ -95,8 +99,8 @@ def _start(config: Config, folder: Path, mode: str) -> Any:
         settings=wandb.Settings(
             silent=True,
             console="off",
-            init_timeout=_OPEN_S,
-            login_timeout=_OPEN_S,
+            init_timeout=open_s,
+            login_timeout=open_s,
             finish_timeout=_FINISH_S,
         ),
     )

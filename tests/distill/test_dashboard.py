@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_a_log_that_hangs_holds_nothing_up(
     assert time.monotonic() - begin_s < 20
     gate.set()
     assert "warning: wandb did not come to an end" in capsys.readouterr().err
+
+
+def test_the_end_waits_for_less_than_the_other_ranks_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr("wandb.init", lambda **settings: Fake(lambda: gate.wait(60)))
+    config = config_in(tmp_path, "online")
+    with RunLog(replace(config, train=replace(config.train, timeout_s=0.5)), writes=True) as log:
+        log.step(numbers(1), total_steps=1)
+    gate.set()
+    assert "warning: wandb did not come to an end in 0.25 s" in capsys.readouterr().err
 
 
 def test_opening_holds_nothing_up_and_nothing_is_lost_meanwhile(
