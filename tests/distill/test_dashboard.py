@@ -102,6 +102,7 @@ def test_a_log_that_hangs_holds_nothing_up(
 ) -> None:
     gate = threading.Event()
     monkeypatch.setattr("wandb.init", lambda **settings: Fake(lambda: gate.wait(60)))
+    monkeypatch.setattr(dashboard, "_OPEN_S", 0.1)
     monkeypatch.setattr(dashboard, "_FINISH_S", 0.1)
     monkeypatch.setattr(dashboard, "_PATIENCE_S", 0.1)
     begin_s = time.monotonic()
@@ -122,7 +123,8 @@ def test_the_end_waits_for_less_than_the_other_ranks_would(
     monkeypatch.setattr("wandb.init", lambda **settings: Fake(lambda: gate.wait(60)))
     config = config_in(tmp_path, "online")
     with RunLog(replace(config, train=replace(config.train, timeout_s=0.5)), writes=True) as log:
-        log.step(numbers(1), total_steps=1)
+        for step in (1, 2):
+            log.step(numbers(step), total_steps=2)
     gate.set()
     assert "warning: wandb did not come to an end in 0.25 s" in capsys.readouterr().err
 
