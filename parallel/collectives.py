@@ -55,11 +55,11 @@ class Pending:
 
     def wait(self) -> None:
         """Wait until the result is there."""
-        with _waiting("an all-reduce", self._axis):
+        with waiting("an all-reduce", self._axis):
             self._work.wait()
 
 
-def _waiting(what: str, axis: Axis) -> Doing:
+def waiting(what: str, axis: Axis) -> Doing:
     """Return the context of waiting for the other ranks of an axis."""
     return axis.activity.waiting(_Over(what, axis.name), axis.ranks)
 
@@ -89,7 +89,7 @@ def all_reduce_(
         return None
     if async_op:
         return Pending(dist.all_reduce(tensor, op=_OPS[op], group=axis.group, async_op=True), axis)
-    with _waiting("an all-reduce", axis):
+    with waiting("an all-reduce", axis):
         dist.all_reduce(tensor, op=_OPS[op], group=axis.group)
     return None
 
@@ -112,7 +112,7 @@ def all_gather(tensor: Tensor, axis: Axis, *, dim: int, sizes: list[int]) -> Ten
         padding = front.new_zeros((longest - front.shape[0], *front.shape[1:]))
         front = torch.cat([front, padding])
     gathered = front.new_empty((axis.size * longest, *front.shape[1:]))
-    with _waiting("an all-gather", axis):
+    with waiting("an all-gather", axis):
         dist.all_gather_single(gathered, front.contiguous(), group=axis.group)
     if min(sizes) < longest:
         parts = gathered.split(longest)
@@ -131,7 +131,7 @@ def reduce_to_owners_(flat: Tensor, axis: Axis) -> None:
     if axis.size == 1:
         return
     parts = flat.chunk(axis.size)
-    with _waiting("a reduction to owners", axis):
+    with waiting("a reduction to owners", axis):
         if dist.get_backend(axis.group) != "gloo":
             dist.reduce_scatter_single(parts[axis.rank], flat, group=axis.group)
             return
@@ -151,7 +151,7 @@ def gather_from_owners_(flats: Sequence[Tensor], axis: Axis) -> None:
     if axis.size == 1:
         return
     works = []
-    with _waiting("a gather from owners", axis):
+    with waiting("a gather from owners", axis):
         for flat in flats:
             parts = flat.chunk(axis.size)
             if dist.get_backend(axis.group) != "gloo":
@@ -166,7 +166,7 @@ def gather_from_owners_(flats: Sequence[Tensor], axis: Axis) -> None:
 def broadcast_(tensor: Tensor, axis: Axis, *, source: int) -> None:
     """Overwrite `tensor` with the one of index `source` on the axis. Collectives: one broadcast over `axis`."""
     if axis.size > 1:
-        with _waiting("a broadcast", axis):
+        with waiting("a broadcast", axis):
             dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
 
 
@@ -175,7 +175,7 @@ def broadcast_object(value: Any, axis: Axis, *, source: int = 0) -> Any:
     if axis.size == 1:
         return value
     box = [value]
-    with _waiting("a broadcast", axis):
+    with waiting("a broadcast", axis):
         dist.broadcast_object_list(box, src=axis.ranks[source], group=axis.group)
     return box[0]
 
@@ -185,7 +185,7 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    with _waiting("a gather", axis):
+    with waiting("a gather", axis):
         dist.all_gather_object(values, value, group=axis.group)
     return values
 
@@ -193,7 +193,7 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis has come here."""
     if axis.size > 1:
-        with _waiting("a barrier", axis):
+        with waiting("a barrier", axis):
             dist.barrier(group=axis.group)
 
 

@@ -22,9 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.activity import Doing
 from parallel.buckets import ALIGNED, Bucket, Run, Slot, runs
-from parallel.collectives import all_reduce_
+from parallel.collectives import all_reduce_, waiting
 from parallel.flat import FlatBuffers
 from parallel.flat_state import Part, PlainStore
 from parallel.mesh import Mesh
@@ -117,7 +116,7 @@ class DeepSpeedEngine:
                 flat = gradients[each.run.start : each.run.stop]
             _give(each.parameter, flat, self._zero)
         self._zero.setup_buckets()
-        with self._waiting("DeepSpeed's reductions"):
+        with waiting("DeepSpeed's reductions", self._axes.dp):
             self._zero.reduce_gradients()
         squares = torch.zeros((), dtype=torch.float64, device=gradients.device)
         for placed, gradient in self._owned_gradients():
@@ -128,10 +127,6 @@ class DeepSpeedEngine:
         norm = squares.sqrt()
         self._zero.scaled_global_norm = lambda: norm
         return norm
-
-    def _waiting(self, what: str) -> Doing:
-        """Return the context of DeepSpeed's collectives over dp."""
-        return self._axes.dp.activity.waiting(f"{what} over dp", self._axes.dp.ranks)
 
     def _owned_gradients(self) -> Iterator[tuple[_Placed, Tensor]]:
         """Yield the reduced gradients of this replica's partitions, run by run."""
@@ -157,7 +152,7 @@ class DeepSpeedEngine:
             for _, gradient in self._owned_gradients():
                 gradient.mul_(clip_factor)
         self.updater.set_rate(rate)
-        with self._waiting("DeepSpeed's update and gather"):
+        with waiting("DeepSpeed's update and gather", self._axes.dp):
             self._zero.step()
         self.updater.num_updates += 1
 

@@ -2,8 +2,9 @@
 
 Decides that the hash is of the bytes that were meant, not of what a disk gives back, and that a file is flushed to the disk
 before its record is handed out. Files are written past the system's page cache (`_PastTheCache`): copying into fresh pages
-of it costs more processor time than everything else here, and pushes out what training reads. safetensors are written as a stream here: the library's writer keeps its bytes to itself, so
-that every file would have to be read once more. Reading them stays the library's.
+of it costs more processor time than everything else here, and pushes out what training reads. safetensors are written as a
+stream here: the library's writer keeps its bytes to itself, so that every file would have to be read once more. Reading them
+stays the library's.
 """
 
 from __future__ import annotations

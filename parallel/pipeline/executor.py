@@ -2,9 +2,9 @@
 
 The executor decides nothing: the order is the plan's, the meaning is the handlers'. `REDUCE`, `NORM` and `GATHER` run beside
 the list on one background thread, in their order. `STEP` waits for the first two, the student's next forward for the last,
-if need be in the next run: what stands between hides them. So they need process groups of their own. A kind without a handler is an error before the first action
-runs. An exception is passed on with the rank and the action in its message, because the peers will only report that
-they waited.
+if need be in the next run: what stands between hides them. So they need process groups of their own. A kind without a
+handler is an error before the first action runs. An exception is passed on with the rank and the action in its message,
+because the peers will only report that they waited.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from parallel.pipeline.simulate import Event
 Handler = Callable[[Action], None]
 T = TypeVar("T")
 _REDUCTIONS = "reductions"
-_BESIDE = frozenset({Kind.REDUCE, Kind.NORM, Kind.GATHER})
 _Done = tuple[Action, Any, Any]
 """An action and the marks of its start and its end."""
 
@@ -64,7 +63,7 @@ class Executor:
         self._lanes = lanes_of(links.mesh.device)
         self._prepared: tuple[Plan | None, _Prepared] = None, ([], {}, Counter())
         self._gathers: list[Future[_Done]] = []
-        """What is still under way after a run that carries it."""
+        """What may still be under way after a run that carries it."""
 
     def run(self, plan: Plan, *, first_microbatch: int, carries: bool = False) -> list[Event]:
         """Run this rank's part of a plan and return one event for each action, in order of their ends.
@@ -91,11 +90,10 @@ class Executor:
         )
         done: list[_Done] = []
         reductions: list[Future[_Done]] = []
-        gathers: list[Future[_Done]] = []
         for entry, its_number in zip(entries, numbered, strict=True):
             kind = entry.action.kind
-            if kind in _BESIDE:
-                under_way = gathers if kind is Kind.GATHER else reductions
+            if entry.lane is Lane.REDUCTIONS:
+                under_way = self._gathers if kind is Kind.GATHER else reductions
                 # What it needs is on this lane by now, or beside before it; it may begin after this list has ended.
                 with self._lanes.on(Lane.STUDENT):
                     under_way.append(self.beside(partial(self._do, entry, its_number)))
@@ -106,7 +104,6 @@ class Executor:
                 done += self._gathered(Lane.STUDENT)
             done.append(self._do(entry, its_number))
         done += self._results(reductions)
-        self._gathers += gathers
         if not carries:
             done += self._gathered(None)
         if not plan.ahead():

@@ -1,6 +1,7 @@
 """The command `launch.distill` with something that goes wrong in it: `faulty_distill FAULT key=value ...`.
 
-FAULT is JSON: `what` (`hang`, `freeze`, `raise`, `kill`, `nan`, `full`; `vanish`, with a file's `path`), `where` (below), `rank`, `step` (from 1, of the round),
+FAULT is JSON: `what` (`hang`, `freeze`, `raise`, `kill`, `nan`, `full`; `vanish`, with a file's `path`), `where` (below),
+`rank`, `step` (from 1, of the round),
 `action` (`1B0`, for `action`), `call` (which call of the place counts, from 1). After a restart nothing goes wrong any more.
 """
 

@@ -23,14 +23,18 @@ ACTIONS = [parse(text) for text in TEXTS]
 BESIDE = {Kind.REDUCE, Kind.NORM, Kind.GATHER}
 
 
+def _plan(actions: Sequence[Action]) -> Plan:
+    """Return the plan in which rank 1 of two has these actions."""
+    return Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(actions)))
+
+
 def _run(
     actions: Sequence[Action], handlers: Mapping[Kind, Callable[[Action], None]], first_microbatch: int = 0
 ) -> list[Event]:
     """Run a list as that of rank 1 of two."""
-    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(actions)))
     executor = Executor(handlers, Links(Mesh.single(), {}), rank=1, place=PLACE)
     try:
-        return executor.run(plan, first_microbatch=first_microbatch)
+        return executor.run(_plan(actions), first_microbatch=first_microbatch)
     finally:
         executor.close()
 
@@ -98,7 +102,7 @@ def test_the_next_forward_waits_for_a_gather_that_is_carried_and_the_teacher_doe
             teacher_ran.set()
 
     first, second = (
-        Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, texts))))
+        _plan([parse(text) for text in texts])
         for texts in (("1F0", "1STEP", "1GATHER"), ("1K1", "1F0", "1STEP"))
     )
     executor = Executor(_all(handle), Links(Mesh.single(), {}), rank=1, place=PLACE)
@@ -118,7 +122,7 @@ def test_on_a_gpu_a_gather_that_begins_late_still_waits_for_the_step() -> None:
     def handle(action: Action) -> None:
         cuda.current.issued += 1
 
-    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, ("1F0", "1STEP", "1GATHER")))))
+    plan = _plan([parse(text) for text in ("1F0", "1STEP", "1GATHER")])
     executor = Executor(_all(handle), Links(Mesh.single(), {}), rank=1, place=PLACE)
     executor._lanes = CudaLanes(torch.device("cuda", 0), cuda)
     student, _, reductions = cuda.streams
@@ -145,7 +149,7 @@ def test_settling_waits_for_a_gather_and_tells_its_failure() -> None:
                 raise ConnectionError("peer gone")
         done.append(action)
 
-    plan = Plan(Shape(2, 2, 1, 1), "1f1b", "fill", ((), tuple(map(parse, ("1F0", "1STEP", "1GATHER")))))
+    plan = _plan([parse(text) for text in ("1F0", "1STEP", "1GATHER")])
     executor = Executor(_all(slow), Links(Mesh.single(), {}), rank=1, place=PLACE)
     try:
         executor.settle()
