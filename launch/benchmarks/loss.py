@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 
 from distill.config import ConfigError
+from distill.convert import either
 from distill.head import Head
 from distill.losses import fused_distillation_loss
+from launch.benchmarks._options import read_options
 
 _PEER = "whole logits, F.kl_div + cross-entropy"
 _TIME_BOUND, _MEMORY_BOUND = 1.0, 0.1
@@ -35,27 +37,38 @@ _TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
-class _Problem:
-    vocab: int
+class _Options:
+    """The options."""
+
+    vocab: tuple[int, ...] = (49152, 151936)
     tokens: int = 1024
     hidden: int = 576
     temperature: float = 2.0
     alpha: float = 0.3
     dtype: str = "float32"
+    repeats: int = 3
+
+
+class _Problem(NamedTuple):
+    """One vocabulary's inputs."""
+
+    vocab: int
+    options: _Options
 
     def tensors(self) -> dict[str, Tensor]:
         """Return hidden states and heads of both models, and labels."""
         generator = torch.Generator().manual_seed(0)
+        tokens, hidden = self.options.tokens, self.options.hidden
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(getattr(torch, self.dtype))
+            return torch.randn(*shape, generator=generator).to(getattr(torch, self.options.dtype))
 
         return {
-            "student": draw(self.tokens, self.hidden),
-            "teacher": draw(self.tokens, self.hidden),
-            "student_weight": draw(self.vocab, self.hidden).mul_(0.05),
-            "teacher_weight": draw(self.vocab, self.hidden).mul_(0.05),
-            "labels": torch.randint(0, self.vocab, (self.tokens,), generator=generator),
+            "student": draw(tokens, hidden),
+            "teacher": draw(tokens, hidden),
+            "student_weight": draw(self.vocab, hidden).mul_(0.05),
+            "teacher_weight": draw(self.vocab, hidden).mul_(0.05),
+            "labels": torch.randint(0, self.vocab, (tokens,), generator=generator),
         }
 
 
@@ -63,47 +76,47 @@ class _Ours:
     """The loss as the pipeline's last stage calls it."""
 
     def __init__(self, problem: _Problem) -> None:
-        self.problem, self.tensors = problem, problem.tensors()
+        self.options, self.tensors = problem.options, problem.tensors()
         weight = self.tensors["student_weight"]
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.grad_weight = torch.zeros_like(weight, dtype=wide).fill_(0)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        problem, t = self.problem, self.tensors
+        options, t = self.options, self.tensors
         result = fused_distillation_loss(
             t["student"],
             Head(t["student_weight"]),
             t["teacher"],
             Head(t["teacher_weight"]),
             t["labels"],
-            temperature=problem.temperature,
-            alpha=problem.alpha,
-            num_valid_tokens=problem.tokens,
+            temperature=options.temperature,
+            alpha=options.alpha,
+            num_valid_tokens=options.tokens,
             grad_weight_out_VD=self.grad_weight,
         )
-        return result.total(problem.alpha), result.grad_hidden_TD
+        return result.total(options.alpha), result.grad_hidden_TD
 
 
 class _Naive:
     """The formula in torch's own operations."""
 
     def __init__(self, problem: _Problem) -> None:
-        self.problem, self.tensors = problem, problem.tensors()
+        self.options, self.tensors = problem.options, problem.tensors()
         self.tensors["student"].requires_grad_()
         weight = self.tensors["student_weight"].requires_grad_()
         self.grad_weight = weight.grad = torch.zeros_like(weight).fill_(0)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        problem, t = self.problem, self.tensors
+        options, t = self.options, self.tensors
         wide = torch.promote_types(t["student"].dtype, torch.float32)
         student = F.linear(t["student"], t["student_weight"]).to(wide)
         with torch.no_grad():
             teacher = F.linear(t["teacher"], t["teacher_weight"]).to(wide)
         hard = F.cross_entropy(student, t["labels"])
-        log_q = F.log_softmax(student / problem.temperature, dim=-1)
-        p = F.softmax(teacher / problem.temperature, dim=-1)
-        soft = F.kl_div(log_q, p, reduction="batchmean") * problem.temperature**2
-        loss = problem.alpha * hard + (1 - problem.alpha) * soft
+        log_q = F.log_softmax(student / options.temperature, dim=-1)
+        p = F.softmax(teacher / options.temperature, dim=-1)
+        soft = F.kl_div(log_q, p, reduction="batchmean") * options.temperature**2
+        loss = options.alpha * hard + (1 - options.alpha) * soft
         t["student"].grad = None
         loss.backward()
         return loss.detach(), t["student"].grad
@@ -137,7 +150,8 @@ def _serve(side: type[_Ours | _Naive], problem: _Problem, pipe: Connection) -> N
         )
 
 
-def _compare(problem: _Problem, repeats: int) -> list[dict[str, Any]]:
+def _compare(problem: _Problem) -> list[dict[str, Any]]:
+    options = problem.options
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for side in (_Ours, _Naive):
@@ -146,7 +160,7 @@ def _compare(problem: _Problem, repeats: int) -> list[dict[str, Any]]:
         processes[-1].start()
         pipes.append(pipe)
     answers: list[list[tuple[float, int, list[float]]]] = [[], []]
-    for _ in range(1 + repeats):
+    for _ in range(1 + options.repeats):
         for pipe, received in zip(pipes, answers, strict=True):
             pipe.send(True)
             received.append(pipe.recv())
@@ -155,11 +169,11 @@ def _compare(problem: _Problem, repeats: int) -> list[dict[str, Any]]:
         process.join()
     ours, naive = answers[0][-1][2], answers[1][-1][2]
     for found, expected in zip(ours, naive, strict=True):
-        assert abs(found - expected) <= _TOLERANCE[problem.dtype] * abs(expected), (ours, naive)
+        assert abs(found - expected) <= _TOLERANCE[options.dtype] * abs(expected), (ours, naive)
     # The first call pays for the libraries' own buffers: it counts as memory, not as time.
     seconds = [statistics.median(answer[0] for answer in received[1:]) for received in answers]
     peaks = [max(answer[1] for answer in received) for received in answers]
-    case = f"V {problem.vocab}, {problem.tokens} tokens, hidden {problem.hidden}, T {problem.temperature:g}, {problem.dtype}"
+    case = f"V {problem.vocab}, {options.tokens} tokens, hidden {options.hidden}, T {options.temperature:g}, {options.dtype}"
     return [
         {
             "case": f"{case}: {what}",
@@ -182,17 +196,10 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         options: as in the module's docstring.
     Raises:
-        ConfigError: an unknown option.
+        ConfigError: an unknown option or dtype, or a number out of range.
     """
-    options = dict(options)
-    vocabs, repeats = options.pop("vocab", [49152, 151936]), int(options.pop("repeats", 3))
-    known = {field.name for field in fields(_Problem)} - {"vocab"}
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"{name} is no option of the benchmark; use {', '.join(sorted(known | {'vocab', 'repeats'}))}"
-            )
-    rows: list[dict[str, Any]] = []
-    for vocab in vocabs if isinstance(vocabs, list | tuple) else [vocabs]:
-        rows += _compare(_Problem(vocab=vocab, **options), repeats)
-    return rows
+    least = {"vocab": 2, "tokens": 1, "hidden": 1, "repeats": 1}
+    chosen = read_options(_Options, options, least=least)
+    if chosen.dtype not in _TOLERANCE:
+        raise ConfigError(f"dtype={chosen.dtype}; use {either(list(_TOLERANCE))}")
+    return [row for vocab in chosen.vocab for row in _compare(_Problem(vocab, chosen))]

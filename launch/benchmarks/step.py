@@ -32,10 +32,10 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,11 +43,14 @@ from torch import multiprocessing
 from transformers import AutoConfig
 
 from distill.config import Config, ConfigError, Pipeline, Train
+from distill.convert import either
 from distill.loading import DTYPES
 from launch.benchmarks._inputs import check_losses, load_step, microbatches, model_folders, soft_config
+from launch.benchmarks._options import read_options
 from launch.benchmarks.loss import forget_peak, status_bytes
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
+from parallel.recompute import Recompute
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VENV = _ROOT / ".venv-trl"
@@ -58,19 +61,35 @@ _TIME_BOUND, _MEMORY_BOUND = 0.9, 0.4
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every side is told."""
+class _Options:
+    """The options."""
 
     teacher: str = ""
     student: str = ""
-    data: str = ""
     rows: int = 4
     microbatch: int = 4
     seq_len: int = 512
-    recompute: str = "selective"
+    recompute: tuple[str, ...] = ("full",)
     dtype: str = "float32"
     steps: int = 3
     threads: int = 1
+    trainers: tuple[str, ...] = tuple(_PEERS)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every side is told."""
+
+    teacher: str
+    student: str
+    data: str
+    rows: int
+    microbatch: int
+    seq_len: int
+    dtype: str
+    steps: int
+    threads: int
+    recompute: str = ""
     temperature: float = 1.0
     lr: float = 1e-4
     trainer: str = ""
@@ -182,14 +201,25 @@ def _make_venv() -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
-def _prepare(job: _Job, folder: Path) -> _Job:
+def _prepare(chosen: _Options, folder: Path) -> _Job:
     """Write the models that were not named, and the rows."""
-    teacher, student = model_folders(job.teacher, job.student, folder)
+    teacher, student = model_folders(chosen.teacher, chosen.student, folder)
     vocab_size = AutoConfig.from_pretrained(student).vocab_size
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(3, vocab_size, (job.rows, job.seq_len), generator=generator)
+    rows = torch.randint(3, vocab_size, (chosen.rows, chosen.seq_len), generator=generator)
     save_file({"rows": rows}, folder / "rows.safetensors")
-    return replace(job, teacher=teacher, student=student, data=str(folder / "rows.safetensors"))
+    return _Job(
+        teacher=teacher,
+        student=student,
+        data=str(folder / "rows.safetensors"),
+        rows=chosen.rows,
+        microbatch=chosen.microbatch,
+        seq_len=chosen.seq_len,
+        dtype=chosen.dtype,
+        # One more than is counted, to warm up.
+        steps=chosen.steps + 1,
+        threads=chosen.threads,
+    )
 
 
 def _state_bytes(job: _Job) -> int:
@@ -242,28 +272,37 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         options: as in the module's docstring.
     Raises:
-        ConfigError: an unknown option or trainer, or rows that the micro-batches do not divide.
+        ConfigError: an unknown option, trainer, dtype or way to recompute, a number out of range, or rows that the
+            micro-batches do not divide.
     """
-    options = dict(options)
-    trainers, modes = options.pop("trainers", list(_PEERS)), options.pop("recompute", ["full"])
-    known = {field.name for field in fields(_Job)} - {"data", "trainer", "lr", "temperature"}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{name} is no option; use {', '.join(sorted(known | {'trainers'}))}")
-    for trainer in trainers:
-        if trainer not in _PEERS:
-            raise ConfigError(f"trainers={trainer}; use {', '.join(_PEERS)}")
-    job = _Job(**options)
-    if job.rows % job.microbatch:
-        raise ConfigError(f"microbatch={job.microbatch} does not divide rows={job.rows}")
+    chosen = _read(options)
     _make_venv()
     with tempfile.TemporaryDirectory() as folder:
-        # One step more than is counted, to warm up.
-        job = replace(_prepare(job, Path(folder)), steps=job.steps + 1)
-        return [row for mode in modes for row in _compare(replace(job, recompute=mode), trainers)]
+        job = _prepare(chosen, Path(folder))
+        return [
+            row
+            for recompute in chosen.recompute
+            for row in _compare(replace(job, recompute=recompute), chosen.trainers)
+        ]
 
 
-def _compare(job: _Job, trainers: list[str]) -> list[dict[str, Any]]:
+def _read(options: dict[str, Any]) -> _Options:
+    least = {"rows": 1, "microbatch": 1, "seq_len": 2, "steps": 1, "threads": 1}
+    chosen = read_options(_Options, options, least=least)
+    for name, given, known in (
+        ("trainers", chosen.trainers, _PEERS),
+        ("recompute", chosen.recompute, get_args(Recompute)),
+        ("dtype", (chosen.dtype,), DTYPES),
+    ):
+        for value in given:
+            if value not in known:
+                raise ConfigError(f"{name}={value}; use {either(known)}")
+    if chosen.rows % chosen.microbatch:
+        raise ConfigError(f"microbatch={chosen.microbatch} does not divide rows={chosen.rows}")
+    return chosen
+
+
+def _compare(job: _Job, trainers: tuple[str, ...]) -> list[dict[str, Any]]:
     """Let all sides take their steps in turn; return their rows."""
     with ExitStack() as stack:
         sides: dict[str, _Ours | _Trl] = {"ours": _Ours(job)}

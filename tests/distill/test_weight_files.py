@@ -36,8 +36,25 @@ def _append(path: Path, content: bytes) -> None:
     path.write_bytes(path.read_bytes() + content)
 
 
+def _lie(path: Path, name: str, **changes: object) -> None:
+    """Change what the header of a file says of one tensor, and leave its length."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    header[name] |= changes
+    lying = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(lying)) + lying + content[8 + size :])
+
+
+def _link_out(path: Path) -> None:
+    outside = path.parent.parent / "secret"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
 def test_whole_files_pass(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    check_weight_files(sharded, key="teacher.model")
+    shapes = check_weight_files(sharded, key="teacher.model")
+    assert shapes == {"a": (3, 4), "b": (5,), "c": (2,)}
     single = tmp_path_factory.mktemp("single")
     save_file({"a": torch.zeros(3)}, single / "model.safetensors", metadata={"format": "pt"})
     check_weight_files(single, key="teacher.model")
@@ -48,6 +65,17 @@ def test_weights_may_lie_on_another_disk(sharded: Path, tmp_path_factory: pytest
     (sharded / FIRST).rename(elsewhere)
     (sharded / FIRST).symlink_to(elsewhere)
     check_weight_files(sharded, key="teacher.model")
+
+
+def test_a_hub_cache_is_made_of_links(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = tmp_path_factory.mktemp("models--some--model")
+    snapshot, blob = model / "snapshots" / "1f2e", model / "blobs" / "3d4c"
+    blob.parent.mkdir()
+    snapshot.parent.mkdir()
+    sharded.rename(snapshot)
+    (snapshot / FIRST).rename(blob)
+    (snapshot / FIRST).symlink_to(blob)
+    check_weight_files(snapshot, key="teacher.model")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +92,11 @@ def test_weights_may_lie_on_another_disk(sharded: Path, tmp_path_factory: pytest
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "is not a safetensors file"),
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 4) + b"{no}"), "broken safetensors header"),
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 8) + b'{"a":[]}'), "broken safetensors header"),
+        (lambda f: _lie(f / SECOND, "b", dtype="F17"), "broken safetensors header"),
+        (lambda f: _lie(f / SECOND, "b", shape=[50]), "broken safetensors header"),
+        (lambda f: _lie(f / SECOND, "b", dtype="I32"), "holds b as I32; plain floats are needed"),
         (lambda f: (f / SECOND).unlink(), f"names {SECOND}, which is missing"),
+        (lambda f: _link_out(f / FIRST), "is a link to .*, which is no safetensors file"),
         (lambda f: _index(f, {"a": FIRST, "b": SECOND, "lost": SECOND}), "lacks lost"),
         (lambda f: _index(f, {"a": "../" + f.name + "/" + FIRST}), "plain name ending in .safetensors"),
         (lambda f: _index(f, {"a": "/etc/passwd"}), "plain name ending in .safetensors"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ SMALL = {"tokens": 32, "hidden": 8}
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_both_sides_compute_the_same(dtype: str) -> None:
-    problem = loss._Problem(vocab=97, tokens=32, hidden=8, dtype=dtype)
+    problem = loss._Problem(97, loss._Options(dtype=dtype, **SMALL))
     ours, naive = loss._Ours(problem), loss._Naive(problem)
     limit = loss._TOLERANCE[dtype]
     for found, expected in zip(ours(), naive(), strict=True):
@@ -30,6 +32,15 @@ def test_rows_compare_time_and_memory() -> None:
     assert rows[1]["peer"] > 2 * 32 * 20011 * 4
 
 
-def test_unknown_options_are_named() -> None:
-    with pytest.raises(ConfigError, match="vocabulary is no option.*vocab"):
-        loss.run({"vocabulary": 10})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocabulary": 10}, "vocabulary is no option; use vocab, "),
+        ({"vocab": [97, 1]}, "vocab=1; use a whole number, 2 or more"),
+        ({"repeats": 0}, "repeats=0; use a whole number, 1 or more"),
+        ({"dtype": "float8"}, "dtype=float8; use float64, float32 or bfloat16"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loss.run(options)
