@@ -168,7 +168,8 @@ class HiddenTerm:
         self.handover.expect(self._labels)
 
     def close(self) -> None:
-        """Let go of the process groups; nothing may be under way. Collectives: none."""
+        """Forget what the teacher has handed over ahead, and let go of the groups. Collectives: those of `Handover.drop`."""
+        self.handover.drop()
         self.handover.close()
 
     @torch.compiler.disable

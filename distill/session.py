@@ -67,11 +67,9 @@ class Session:
     """Chooses which weights are held at zero; None where none are."""
 
     def close(self) -> None:
-        """End the threads and let go of the process groups. Collectives: none."""
+        """End the threads and let go of the process groups. Collectives: those of `DistillationStep.close`."""
         self.step.close()
         self.step.links.close()
-        if self.step.hidden is not None:
-            self.step.hidden.close()
         self.judge.links.close()
 
 

@@ -175,8 +175,13 @@ class DistillationStep:
         self._executor.settle()
 
     def close(self) -> None:
-        """End the background thread."""
+        """End the threads, also with the teacher ahead. Collectives: those of `HiddenTerm.close`.
+
+        The links stay: what was sent ahead over them may be under way, and no thread waits for it.
+        """
         self._executor.close()
+        if self.hidden is not None:
+            self.hidden.close()
 
     @property
     def _end(self) -> int:

@@ -136,7 +136,6 @@ def _round(running: Running, session: Session) -> str:
         _settle(mesh, saver)
     running.tell(saver)
     if not finished:
-        # Not the links: what the teacher has sent ahead is still under way.
         session.step.close()
         return "stopped" if running.unsaved is None else "unsaved"
     following = _follows(running, figures["eval/loss"])

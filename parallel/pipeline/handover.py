@@ -4,7 +4,8 @@ Decides: a tensor has a route (a name, the rank that makes it, the rank that use
 for each directed pair of ranks; messages leave in the order of the micro-batches, within one in that of the routes.
 Receives are posted ahead, `window` a channel, no further than what `expect` has announced. Sends return at once and keep
 what they send until it has been received: a thread waits for that, so memory is bounded by how far the makers run ahead.
-On one rank tensors are handed over as they are. Groups are made and touched when the object is built.
+A run that stops while makers are ahead must `drop` what nobody will take: a thread that waits in gloo when its process
+leaves aborts it. On one rank tensors are handed over as they are. Groups are made and touched when the object is built.
 
 Assumes that the plan's own dependencies put the making before the using: who takes a tensor waits for it, and nobody else
 does. Micro-batches are numbered over the whole run. Knows no teacher and no loss.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.background import Background
+from parallel.collectives import gather_objects
 from parallel.mesh import Mesh, new_group
 from parallel.pipeline.buffers import BufferPool
 from parallel.pipeline.p2p import Message
@@ -59,12 +61,14 @@ class _Outgoing:
     under_way: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
     following: _Place | None = None
     """What is to be sent next; None before the first."""
+    num_sent: int = 0
 
     def send(self, name: int, microbatch: int, tensor: Tensor) -> None:
         """Start sending a contiguous tensor, and keep it until it has been received."""
         place = _Place(microbatch, self.names.index(name))
         assert place == (self.following or _Place(microbatch, 0)), f"{place}: {self.following} is next"
         self.following = place.following(len(self.names))
+        self.num_sent += 1
         self.under_way.append((self.group.send([tensor], self.peer, 0), tensor))
         if tensor.is_cuda:
             while self.under_way and self.under_way[0][0].is_completed():
@@ -97,6 +101,7 @@ class _Incoming:
     names: tuple[int, ...]
     awaited: deque[tuple[int, int]] = field(default_factory=deque)
     posted: deque[tuple[tuple[int, int], Tensor, dist.Work]] = field(default_factory=deque)
+    num_received: int = 0
 
 
 class Handover:
@@ -160,8 +165,7 @@ class Handover:
             assert source != self.mesh.pp.rank, f"nothing was made for {name} of micro-batch {microbatch}"
             channel = self._incoming[source]
             arrived, buffer, work = channel.posted.popleft()
-            with self.mesh.activity.waiting(f"hidden states from stage {source}", (channel.source,)):
-                work.wait()
+            self._receive(channel, work)
             self._here[arrived] = buffer
             self._post(channel)
         tensor = self._here.pop(key)
@@ -182,6 +186,21 @@ class Handover:
         """Whether all that was announced has been taken and given back."""
         left = [channel for channel in self._incoming.values() if channel.awaited or channel.posted]
         return not (left or self._loans)
+
+    def drop(self) -> None:
+        """Receive and forget what was made ahead; all that was announced has been taken and given back.
+
+        Collectives: a gather over the world; then what was sent here, a message at a time.
+        """
+        assert self.is_settled, "what was announced has not been taken"
+        self._here.clear()
+        mine = {target: channel.num_sent for target, channel in self._outgoing.items()}
+        sent = gather_objects(mine, self.mesh.world)
+        buffer = self._pool.take(self.message.shape, self.message.dtype)
+        for channel in self._incoming.values():
+            while channel.num_received < sent[channel.source][self.mesh.pp.rank]:
+                self._receive(channel, channel.group.recv([buffer], channel.peer, 0))
+        self._pool.give(buffer)
 
     def close(self) -> None:
         """Let go of the process groups; nothing may wait here. Collectives: none."""
@@ -220,6 +239,12 @@ class Handover:
                 channel.group.recv([torch.empty_like(element)], channel.peer, 0).wait()
         for work in sends:
             work.wait()
+
+    def _receive(self, channel: _Incoming, work: dist.Work) -> None:
+        source = self.mesh.pp.ranks.index(channel.source)
+        with self.mesh.activity.waiting(f"hidden states from stage {source}", (channel.source,)):
+            work.wait()
+        channel.num_received += 1
 
     def _post(self, channel: _Incoming) -> None:
         while channel.awaited and len(channel.posted) < self.window:

@@ -311,7 +311,7 @@ def run_case(
     stats = train(step, range(STEPS))
     if step.hidden is not None:
         # Refuses to close while anything waits.
-        step.hidden.close()
+        step.hidden.handover.close()
     return Trajectory(
         losses=[(s.total, s.hard, s.soft) for s in stats],
         norms=[s.grad_norm for s in stats],

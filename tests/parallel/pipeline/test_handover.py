@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -87,6 +88,34 @@ def _reuses_buffers() -> int:
 
 def test_buffers_are_used_again() -> None:
     assert all(count <= 4 for count in run_distributed(2, _reuses_buffers))
+
+
+def _stops_ahead() -> tuple[int, int, list[str]]:
+    """Take the first two micro-batches of five, and leave."""
+    before = set(threading.enumerate())
+    mesh = Mesh.create(pp=2, dp=dist.get_world_size() // 2, tp=1)
+    handover = Handover(mesh, ROUTES, MESSAGE)
+    for microbatch in range(5):
+        _make(handover, microbatch)
+    handover.expect(range(2))
+    for microbatch in range(2):
+        for route in ROUTES:
+            if route.target == mesh.pp.rank:
+                handover.take(route.name, microbatch)
+                handover.release(route.name, microbatch)
+    handover.drop()
+    received = sum(channel.num_received for channel in handover._incoming.values())
+    handover.close()
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    return received, handover.num_waiting, left
+
+
+@pytest.mark.parametrize("world_size", [2, 4], ids=["pp2", "pp2-dp2"])
+def test_what_was_made_ahead_is_dropped(world_size: int) -> None:
+    """A thread that waits for a send nobody takes aborts the process when it leaves."""
+    for rank, (received, waiting, left) in enumerate(run_distributed(world_size, _stops_ahead)):
+        assert received == (5 if rank < world_size // 2 else 10), "all of one or of two routes"
+        assert waiting == 0 and not left
 
 
 def test_one_process_hands_over_without_a_message() -> None:
