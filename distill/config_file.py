@@ -8,7 +8,7 @@ the weights are those of the config is `distill.model_shapes`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,9 @@ def read_model_config(folder: Path, *, trust_remote_code: bool, key: str) -> Pre
     from transformers import AutoConfig
 
     raw = _read(folder, key)
+    # Before a class of transformers makes lists as long as these say.
+    for part in _parts(raw):
+        _check_sizes(folder, key, part.get)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -54,7 +57,8 @@ def read_model_config(folder: Path, *, trust_remote_code: bool, key: str) -> Pre
     _check_kind(folder, key, raw, config, trust_remote_code=trust_remote_code)
     # Where layers differ in width, their common config refuses to tell one.
     for each in text_config.per_layer_config if text_config.is_heterogeneous else [text_config]:
-        _check_sizes(folder, key, each)
+        # Families have other names for them in the file.
+        _check_sizes(folder, key, lambda name, each=each: getattr(each, name, None))
     return config
 
 
@@ -100,8 +104,16 @@ def _check_kind(
         )
 
 
-def _check_sizes(folder: Path, key: str, config: PreTrainedConfig) -> None:
-    sizes = {name: getattr(config, name, None) for name in _MOST}
+def _parts(raw: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects of a config.json that may say sizes: itself, that of the text model, those of single layers."""
+    layers = raw.get("per_layer_config")
+    for part in (raw, raw.get("text_config"), *(layers.values() if isinstance(layers, Mapping) else ())):
+        if isinstance(part, Mapping):
+            yield part
+
+
+def _check_sizes(folder: Path, key: str, size_of: Callable[[str], object]) -> None:
+    sizes = {name: size_of(name) for name in _MOST}
     for name, size in sizes.items():
         # Families differ in which they have, and some have a list for the layers.
         if size is None or not isinstance(size, int):

@@ -44,6 +44,24 @@ def test_a_sound_config_is_read(tmp_path: Path) -> None:
             "not a causal language model but Own",
         ),
         (SOUND | {"num_hidden_layers": -1}, "num_hidden_layers=-1, which no model has; 1 to 2000 is right"),
+        (
+            SOUND | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": -1},
+            "num_hidden_layers=-1, which no model has",
+        ),
+        # Its class would make a list of so many.
+        (
+            SOUND
+            | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 10**12},
+            "num_hidden_layers=1000000000000, which no model has",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**12}},
+            "num_hidden_layers=1000000000000",
+        ),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_head": 10**6},
+            "num_attention_heads=1000000",
+        ),
         (SOUND | {"vocab_size": 10**12}, "vocab_size=1000000000000, which no model has"),
         (SOUND | {"num_key_value_heads": 3}, "num_key_value_heads=3, which does not divide"),
         (SOUND | {"per_layer_config": {"1": {"intermediate_size": -3}}}, "intermediate_size=-3"),
