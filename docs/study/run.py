@@ -76,14 +76,14 @@ STUDENTS: dict[str, dict[str, object]] = {
     "low-rank": {"student.low_rank.ratio": 0.58},
     "low-rank-plain": {"student.low_rank.ratio": 0.58, "student.low_rank.whiten": "false"},
     "two-of-four": {"student.sparsity.method": "wanda", "student.sparsity.pattern": "'2:4'"},
-    "moments-kept": {"rounds": MOMENTS.format("keep")},
-    "moments-reset": {"rounds": MOMENTS.format("reset")},
     "wide": WIDE,
     "wide-hard": WIDE | {"loss.alpha": 1},
     "half-again": HALF | AGAIN,
     "half-t1-again": HALF | AGAIN | {"loss.temperature": 1},
     "half-alpha0-again": HALF | AGAIN | {"loss.alpha": 0},
     "half-alpha7-again": HALF | AGAIN | {"loss.alpha": 0.7},
+    "moments-kept": {"rounds": MOMENTS.format("keep")},
+    "moments-reset": {"rounds": MOMENTS.format("reset")},
 }
 """What each student's run sets beside `COMMON`; all else is the recipes' default (T = 2, alpha = 0.3)."""
 
