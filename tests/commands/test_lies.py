@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from launch import distill, evaluate, plan, prune
 from launch.command import run_alone
 from tests.commands.test_mistakes import assert_one_line
 from tests.commands.tiny_run import Done, Inputs, call
+from tests.lying_files import change_header, move_behind_link
 
 UP = "model.layers.0.mlp.up_proj.weight"
 Harm = Callable[[Path], object]
@@ -39,17 +39,7 @@ def text(name: str, content: str) -> Harm:
 
 def entry(**changes: Any) -> Harm:
     """Return what changes what the header of model.safetensors says of one tensor."""
-
-    def harm(folder: Path) -> None:
-        file = folder / "model.safetensors"
-        content = file.read_bytes()
-        end = 8 + struct.unpack("<Q", content[:8])[0]
-        header = json.loads(content[8:end])
-        header[UP] |= changes
-        text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
-
-    return harm
+    return lambda folder: change_header(folder / "model.safetensors", UP, **changes)
 
 
 def index(shard: str) -> Harm:
@@ -73,11 +63,6 @@ def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Harm:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return harm
-
-
-def link_out(folder: Path) -> None:
-    shutil.move(folder / "model.safetensors", folder.parent / "secret")
-    (folder / "model.safetensors").symlink_to(folder.parent / "secret")
 
 
 def added_token(folder: Path) -> None:
@@ -118,7 +103,7 @@ LIES: dict[str, tuple[Harm, str]] = {
     "NUL": (index("a\0.safetensors"), r"names a\x00.safetensors, which is missing"),
     "long name": (index("a" * 400 + ".safetensors"), "which is missing"),
     "missing shard": (index("model-2.safetensors"), "names model-2.safetensors, which is missing"),
-    "out by a link": (link_out, "is a link to"),
+    "out by a link": (lambda folder: move_behind_link(folder / "model.safetensors"), "is a link to"),
     "broken tokenizer": (text("tokenizer.json", "{"), "its tokenizer cannot be read"),
     "ids beyond": (added_token, "but config.json has vocab_size="),
 }

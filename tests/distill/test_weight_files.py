@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distill.config import ConfigError
 from distill.weight_files import check_weight_files
+from tests.lying_files import change_header, move_behind_link
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,22 +35,6 @@ def _truncate(path: Path, num_bytes: int) -> None:
 
 def _append(path: Path, content: bytes) -> None:
     path.write_bytes(path.read_bytes() + content)
-
-
-def _lie(path: Path, name: str, **changes: object) -> None:
-    """Change what the header of a file says of one tensor, and leave its length."""
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
-    header[name] |= changes
-    lying = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(lying)) + lying + content[8 + size :])
-
-
-def _link_out(path: Path) -> None:
-    outside = path.parent.parent / "secret"
-    path.rename(outside)
-    path.symlink_to(outside)
 
 
 def test_whole_files_pass(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -92,11 +77,11 @@ def test_a_hub_cache_is_made_of_links(sharded: Path, tmp_path_factory: pytest.Te
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "is not a safetensors file"),
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 4) + b"{no}"), "broken safetensors header"),
         (lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 8) + b'{"a":[]}'), "broken safetensors header"),
-        (lambda f: _lie(f / SECOND, "b", dtype="F17"), "broken safetensors header"),
-        (lambda f: _lie(f / SECOND, "b", shape=[50]), "broken safetensors header"),
-        (lambda f: _lie(f / SECOND, "b", dtype="I32"), "holds b as I32; plain floats are needed"),
+        (lambda f: change_header(f / SECOND, "b", dtype="F17"), "broken safetensors header"),
+        (lambda f: change_header(f / SECOND, "b", shape=[50]), "broken safetensors header"),
+        (lambda f: change_header(f / SECOND, "b", dtype="I32"), "holds b as I32; plain floats are needed"),
         (lambda f: (f / SECOND).unlink(), f"names {SECOND}, which is missing"),
-        (lambda f: _link_out(f / FIRST), "is a link to .*, which is no safetensors file"),
+        (lambda f: move_behind_link(f / FIRST), "is a link to .*, which is no safetensors file"),
         (lambda f: _index(f, {"a": FIRST, "b": SECOND, "lost": SECOND}), "lacks lost"),
         (lambda f: _index(f, {"a": "../" + f.name + "/" + FIRST}), "plain name ending in .safetensors"),
         (lambda f: _index(f, {"a": "/etc/passwd"}), "plain name ending in .safetensors"),
