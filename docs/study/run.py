@@ -8,12 +8,14 @@ of these.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ HALF = {"student.prune.num_layers": 20, "student.prune.intermediate_size": 576}
 TWO_ROUNDS = (
     "[{student:{prune:{intermediate_size:896}}},{student:{prune:{num_layers:20,intermediate_size:576}}}]"
 )
+"""`WIDE`, then `HALF`, each for `train.tokens`."""
 MOMENTS = (
     "[{{student:{{prune:{{intermediate_size:896}}}},train:{{tokens:40960}}}},"
     "{{student:{{prune:{{num_layers:20,intermediate_size:576}}}},train:{{tokens:20480}},optimizer:{{moments:{}}}}}]"
@@ -69,7 +72,7 @@ STUDENTS: dict[str, dict[str, object]] = {
     "half-t5": HALF | {"loss.temperature": 5, "train.tokens": LONG},
     "half-alpha0": HALF | {"loss.alpha": 0, "train.tokens": LONG},
     "half-alpha7": HALF | {"loss.alpha": 0.7, "train.tokens": LONG},
-    "half-two-rounds": {"rounds": TWO_ROUNDS},
+    "half-two-rounds": {"rounds": TWO_ROUNDS, "train.tokens": SHORT // 2},
     "half-l1": HALF | {"student.prune.method": "l1"},
     "half-random": HALF | {"student.prune.method": "random"},
     "half-hidden": HALF | {"loss.hidden.weight": 1, "loss.hidden.projection": "none"},
@@ -129,14 +132,19 @@ def _short(value: float | None) -> float | None:
 
 def main() -> None:
     """Train the students named on the command line, or all."""
+    names = queue.SimpleQueue[str]()
+    for name in sys.argv[1:] or STUDENTS:
+        names.put(name)
+
+    def work() -> None:
+        # The one that was stopped, or failed, lets no other begin on its core.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                train(names.get_nowait())
+
     with ThreadPoolExecutor(CORES) as crew:
-        students = [crew.submit(train, name) for name in sys.argv[1:] or STUDENTS]
-        wait(students, return_when=FIRST_EXCEPTION)
-        # One that was stopped stops those that have not begun.
-        crew.shutdown(cancel_futures=True)
-        for student in students:
-            if not student.cancelled():
-                student.result()
+        for core in [crew.submit(work) for _ in range(CORES)]:
+            core.result()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import run
 
 FOLDER = Path("docs/study")
-BUDGETS = (50_176, 100_352, 200_704)
-"""Training tokens (rows times their length) at which students are compared."""
-STEP = 4 * 256
+BUDGETS = (200_704, 100_352)
+"""Training tokens (rows times their length) after which students are compared: all reach the last, some the first."""
 GROUPS = {
     "temperature": ("half-t1", "half", "half-t5", "half-hard"),
     "alpha": ("half-alpha0", "half", "half-alpha7", "half-hard"),
@@ -43,38 +43,33 @@ NAMES = {
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """Return the results by name, in the order of `run.STUDENTS` as far as the names are known there."""
-    found = {file.stem: json.loads(file.read_text()) for file in sorted((FOLDER / "results").glob("*.json"))}
-    known = list(dict.fromkeys(name for group in GROUPS.values() for name in group))
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: (item[0] not in known, known.index(item[0]) if item[0] in known else 0),
-        )
-    )
+    """Return the results that are there, by name, in the order of `run.STUDENTS`."""
+    files = {name: FOLDER / "results" / f"{name}.json" for name in run.STUDENTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the evaluations of the student, the last one at each step."""
-    by_step = {line["step"]: line for line in result["evaluations"] if line["model"] == "student"}
-    return [by_step[step] for step in sorted(by_step)]
+    """Return the evaluations of the student in order, of its last round: the first one is the cut before training."""
+    lines = [line for line in result["evaluations"] if line["model"] == "student"]
+    last = max(line["round"] for line in lines)
+    return [line for line in lines if line["round"] == last]
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return one row for each student and budget."""
-    head = "| student | parameters | tokens | held-out loss | perplexity | KL to the teacher | agreement | gap closed |"
-    rows = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+def table(results: dict[str, dict[str, Any]], budget: int) -> str:
+    """Return one row for each student that was judged after `budget` tokens."""
+    rows = [
+        "| student | parameters | perplexity: cut | distilled | KL to the teacher | agreement | gap closed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, result in results.items():
-        for line in judged(result):
-            tokens = line["step"] * STEP
-            if tokens and tokens not in BUDGETS and line is not judged(result)[-1]:
-                continue
-            closed = line.get("eval/gap_closed")
-            rows.append(
-                f"| {name} | {line['parameters'] / 1e6:.1f} M | {tokens:,} | {line['eval/loss']:.4f} | "
-                f"{line['eval/perplexity']:,.1f} | {line['eval/kl']:.4f} | {line['eval/agreement']:.1%} | "
-                f"{'' if closed is None else f'{closed:.1%}'} |"
-            )
+        cut, *distilled = judged(result)
+        for line in distilled:
+            if line["step"] * run.STEP == budget:
+                rows.append(
+                    f"| {name} | {line['parameters'] / 1e6:.1f} M | {cut['eval/perplexity']:,.1f} | "
+                    f"{line['eval/perplexity']:.2f} | {line['eval/kl']:.4f} | {line['eval/agreement']:.1%} | "
+                    f"{line['eval/gap_closed']:.1%} |"
+                )
     return "\n".join(rows)
 
 
@@ -85,7 +80,7 @@ def draw(file: Path, results: dict[str, dict[str, Any]], names: tuple[str, ...])
         if name not in results:
             continue
         lines = [line for line in judged(results[name]) if line["step"]]
-        tokens = [line["step"] * STEP / 1000 for line in lines]
+        tokens = [line["step"] * run.STEP / 1000 for line in lines]
         for panel, key in zip(panels, ("eval/loss", "eval/kl"), strict=True):
             panel.plot(
                 tokens, [line[key] for line in lines], marker="o", markersize=4, label=NAMES.get(name, name)
@@ -113,7 +108,8 @@ def main() -> None:
     """Print the table and draw the pictures."""
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}
     results = load()
-    print(table(results))
+    for budget in BUDGETS:
+        print(f"After {budget:,} tokens:\n\n{table(results, budget)}\n")
     for group, names in GROUPS.items():
         if any(name in results for name in names):
             draw(FOLDER / f"{group}.svg", results, names)
