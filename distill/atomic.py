@@ -1,4 +1,4 @@
-"""Make a cache entry appear whole or not at all.
+"""Make a cache entry appear, and a folder disappear, whole or not at all.
 
 Decides: an entry is written in a temporary folder beside its place and moved there when it is finished. Assumes that two
 writers of one place write the same thing, so that whoever is first wins. Does not wait for another writer.
@@ -32,3 +32,10 @@ def build_once(target: Path, write: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder that is there."""
+    workspace = Path(tempfile.mkdtemp(prefix=".removing-", dir=folder.parent))
+    os.replace(folder, workspace / folder.name)
+    shutil.rmtree(workspace, ignore_errors=True)

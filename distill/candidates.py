@@ -9,6 +9,7 @@ differently; the shapes are therefore few and all of them sensible (`distill.sea
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -71,7 +72,8 @@ def best_shape(
         if mesh.world.is_first:
             shutil.rmtree(target)
             _say(candidate, perplexities[-1], number=number)
-    best = min(range(len(candidates)), key=perplexities.__getitem__)
+    comparable = [value if math.isfinite(value) else math.inf for value in perplexities]
+    best = comparable.index(min(comparable))
     if mesh.world.is_first:
         rows = [
             {

@@ -23,6 +23,7 @@ from distill.judging_checks import check_judging
 from distill.optimizer_checks import check_optimizer
 from distill.rounds import rounds_of
 from distill.student_checks import check_student
+from distill.student_config import Prune
 
 _POSITIVE = (
     "student.prune.min_channels",
@@ -109,6 +110,7 @@ def check_config(
         _check_values(flatten(config_to_dict(settings)))
     config = fill_mesh(config, world_size)
     for index, settings in enumerate(rounds):
+        _check_ratio(config, index, settings.student.prune)
         _check_batch(replace(settings, mesh=config.mesh))
         # An earlier round's student is not there yet.
         own = round_config(config, index).teacher == settings.teacher
@@ -148,6 +150,17 @@ def _check_rounds(config: Config) -> None:
     if not config.rounds:
         raise ConfigError(
             "rounds=[] must have an entry for each round; use [{}] for one as the other keys say"
+        )
+
+
+def _check_ratio(config: Config, index: int, prune: Prune) -> None:
+    """Check that the ratio an entry of `rounds` names is not idle because sizes are set, there or for all rounds."""
+    key = "student.prune.pruning_ratio"
+    if key in flatten(config.rounds[index]) and (sizes := prune.sizes):
+        name, value = next(iter(sizes.items()))
+        raise ConfigError(
+            f"rounds[{index}].{key}={prune.pruning_ratio} does nothing beside student.prune.{name}={show(value)}; leave "
+            f"it out, or set {name} to null for this round"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from distill.config import Config
 from distill.convert import config_from_dict, config_to_dict
@@ -53,6 +54,12 @@ def read_settings(folder: Path) -> Config:
     """
     file = folder / SETTINGS_FILE
     try:
-        return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return config_from_dict(json.loads(file.read_text(encoding="utf-8"), object_hook=_with_whole_names))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _with_whole_names(values: dict[str, Any]) -> dict[Any, Any]:
+    """Turn `{"0": 4}` back into `{0: 4}`: JSON names things by text only, a schedule names its steps by numbers."""
+    whole = bool(values) and all(name.isdecimal() for name in values)
+    return {int(name): value for name, value in values.items()} if whole else values

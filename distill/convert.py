@@ -65,7 +65,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def round_config(config: Config, index: int) -> Config:
     """Return the settings of one round: `config` with the overrides of `rounds[index]` laid over it.
 
-    `train.tokens` is turned into `train.steps`.
+    `train.tokens` is turned into `train.steps`; an entry that names its steps does not inherit tokens.
 
     Raises:
         ConfigError: the entry names a key that a round may not override, or a value of the wrong type.
@@ -75,6 +75,8 @@ def round_config(config: Config, index: int) -> Config:
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in ROUND_KEYS):
             raise ConfigError(f"rounds[{index}].{key} cannot differ between rounds; use {either(ROUND_KEYS)}")
     base = {**config_to_dict(config), "rounds": [{}]}
+    if "train.steps" in flatten(entry):
+        base["train"] = {**base["train"], "tokens": None}
     settings = _build(Config, _merge(base, entry), prefix=f"rounds[{index}].")
     train = settings.train
     if train.tokens:

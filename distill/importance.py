@@ -69,12 +69,13 @@ def _sums_along(module: nn.Module, dim: int, *, power: int) -> Piece:
     weight = module.weight.detach()
     norms = torch.linalg.vector_norm(weight, ord=power, dim=1 - dim, dtype=torch.float64)
     shard = getattr(module, "shards", {}).get("weight")
-    sharded_here = shard is not None and shard.dim == dim
+    # A linear that the family's plan leaves whole has a shard too, with everything in it.
+    is_cut = shard is not None and shard.stop - shard.start < shard.full
     return Piece(
         values=norms.pow(power).cpu(),
-        start=shard.start if sharded_here else 0,
-        whole=shard.full if sharded_here else weight.shape[dim],
-        add_over_tp=shard is not None and not sharded_here,
+        start=shard.start if is_cut and shard.dim == dim else 0,
+        whole=shard.full if is_cut and shard.dim == dim else weight.shape[dim],
+        add_over_tp=is_cut and shard.dim != dim,
     )
 
 

@@ -128,14 +128,14 @@ def gap_closed(evaluations: Sequence[Mapping[str, Any]], loss: float, *, round: 
     Args:
         evaluations: lines of `evaluations.jsonl` so far; losses in nats per token of the same text.
         loss: of the student now.
-        round: index of the round, whose first line is that of its start.
+        round: index of the round, whose first line is that of its start; the first round's is of step 0, or else the run went
+            on from another run's checkpoint.
     Returns:
         1 when the student is as good as its teacher; None when it did not begin worse than the teacher, or nobody judged it.
     """
     teachers = [line["eval/loss"] for line in evaluations if line["model"] == "teacher"]
-    starts = [
-        line["eval/loss"] for line in evaluations if (line["model"], line["round"]) == ("student", round)
-    ]
+    students = [line for line in evaluations if (line["model"], line["round"]) == ("student", round)]
+    starts = [line["eval/loss"] for line in students[:1] if round or line["step"] == 0]
     if not teachers or not starts or teachers[-1] is None or starts[0] is None:
         return None
     gap = starts[0] - teachers[-1]

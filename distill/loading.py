@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,11 +19,12 @@ from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
 from distill.hidden_map import check_widths, kept_of
 from distill.model_checks import check_models
-from distill.pretrained import load_config, resolve_model
+from distill.pretrained import check_tokenizers, load_config, resolve_model
 from distill.ranks import find_targets
 from distill.rounds import Lineage, lineage_of
 from distill.search import Candidate, candidate_shapes
 from distill.shape import planned_config
+from distill.sparsity_checks import check_sparse
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, build_stage
@@ -106,6 +108,11 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     if student_folder is None:
         student_folder = fetch(config.student.model, "student.model")
         ready = load_config(student_folder, trust_remote_code=trust, key="student.model")
+    alike = partial(check_tokenizers, trust_remote_code=trust)
+    if ready is not None:
+        first_rank_does(mesh, lambda: alike(student_folder, teacher_folder, key="student.model"))
+    if origin_folder != teacher_folder:
+        first_rank_does(mesh, lambda: alike(teacher_folder, origin_folder, key="teacher.model"))
     student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
     same_origin = origin_folder == teacher_folder
     known = first_rank_does(
@@ -144,20 +151,43 @@ def checked_student(
     """Return the student's config, which both models and the settings fit.
 
     Args:
-        ready: of a student that is there; None plans the one that would be pruned, the first candidate of a budget.
+        ready: of a student that is there; None plans the one that would be pruned, or of a budget every candidate, of which
+            the first is returned.
         origin_config: of the model that it would be pruned out of; None: the teacher.
     Raises:
         ConfigError: what does not fit, or a shape that cannot be had.
     """
-    student_config = ready
-    if student_config is None:
+    possible = [ready]
+    if ready is None:
         origin_config = origin_config or teacher_config
         check_models(config, teacher_config, origin_config)
-        student_config = planned_config(origin_config, shapes_of(config, origin_config)[0].shape)
+        shapes = shapes_of(config, origin_config)
+        possible = [planned_config(origin_config, candidate.shape) for candidate in shapes]
+    layers_differ = config.student.prune.per_layer if ready is None else ready.is_heterogeneous
+    for student_config in possible:
+        _check_student(config, teacher_config, student_config, layers_differ=layers_differ)
+    return possible[0]
+
+
+def _check_student(
+    config: Config,
+    teacher_config: PretrainedConfig,
+    student_config: PretrainedConfig,
+    *,
+    layers_differ: bool,
+) -> None:
     check_models(config, teacher_config, student_config)
-    if config.student.low_rank.is_asked:
-        find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
-    return student_config
+    check_sparse(config.student.sparsity, student_config)
+    if config.pipeline.student_layers is not None or config.pipeline.teacher_layers is not None:
+        split_models(config, teacher_config, student_config)
+    if not config.student.low_rank.is_asked:
+        return
+    find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
+    if config.export.low_rank == "factored" and layers_differ:
+        raise ConfigError(
+            "export.low_rank=factored does not go with layers of different widths (student.prune.per_layer, or the "
+            "student's own); use merged"
+        )
 
 
 def shapes_of(config: Config, teacher_config: PretrainedConfig) -> list[Candidate]:

@@ -107,9 +107,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    if not any(
-        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if not _has_tokenizer(folder):
         raise ConfigError(
             f"{key}={folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json there"
         )
@@ -127,6 +125,37 @@ def load_tokenizer(
             "tokenizer that belongs to the model"
         )
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    return any((folder / file).is_file() for file in files)
+
+
+def check_tokenizers(folder: Path, other: Path, *, key: str, trust_remote_code: bool = False) -> None:
+    """Check that a model knows the ids of another's tokenizer by the same tokens; one without a tokenizer passes.
+
+    Ids that only one of them has, as added ones, are no difference.
+
+    Args:
+        folder: the model's, named by `key`.
+        other: of the model whose tokenizer is used.
+    Raises:
+        ConfigError: an id means another token; the first such is named.
+    """
+    if folder.resolve() == other.resolve() or not _has_tokenizer(folder):
+        return
+    tokenizers = [
+        load_tokenizer(each, trust_remote_code=trust_remote_code, key=key) for each in (folder, other)
+    ]
+    ours, theirs = ({index: token for token, index in each.get_vocab().items()} for each in tokenizers)
+    differing = sorted(index for index, token in ours.items() if theirs.get(index, token) != token)
+    if differing:
+        first = differing[0]
+        raise ConfigError(
+            f"{key}={folder} has another tokenizer than {other}: id {first} is {ours[first]!r} there, {theirs[first]!r} here "
+            f"({len(differing):,} ids differ); use models of one tokenizer"
+        )
 
 
 def _vocab_size(folder: Path) -> int | None:

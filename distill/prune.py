@@ -68,6 +68,10 @@ _COMPANIONS = (
 )
 
 
+_ROWS = 4096
+"""Rows of an embedding that are in float64 at a time."""
+
+
 def _best(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` highest scores, ascending; of equal ones the first."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
@@ -93,10 +97,12 @@ def choose(scores: Scores, config: PretrainedConfig, shape: Shape) -> Kept:
     groups = {layer: scores.groups[layer] for layer in layers}
     channels_of = dict.fromkeys(layers, shape.intermediate_size)
     groups_of = dict.fromkeys(layers, shape.num_key_value_heads)
-    if shape.per_layer is not None:
-        steps = shape.per_layer
-        channels_of = share_out(ffn, shape.intermediate_size, step=steps.ffn, fewest=steps.min_channels)
-        groups_of = share_out(groups, shape.num_key_value_heads, step=steps.groups, fewest=1)
+    if (steps := shape.per_layer) is not None:
+        channels_of, groups_of = ({layer: len(own) for layer, own in each.items()} for each in (ffn, groups))
+        if steps.ffn is not None:
+            channels_of = share_out(ffn, shape.intermediate_size, step=steps.ffn, fewest=steps.min_channels)
+        if steps.groups is not None:
+            groups_of = share_out(groups, shape.num_key_value_heads, step=steps.groups, fewest=1)
     return Kept(
         hidden=_best(scores.hidden, shape.hidden_size),
         ffn={layer: _best(ffn[layer], channels_of[layer]) for layer in layers},
@@ -159,8 +165,13 @@ class Rescale:
         factor = self.factor(layout, name)
         if factor == 1.0:
             return tensor
-        offset = 0.0 if layout.module == "embed_tokens" else self.norm_offset
-        return ((tensor.double() + offset) * factor - offset).to(tensor.dtype)
+        if layout.module == "embed_tokens":
+            # A whole embedding in float64 can be larger than all else together.
+            scaled = tensor.clone()
+            for rows in scaled.split(_ROWS):
+                rows.copy_(rows.double() * factor)
+            return scaled
+        return ((tensor.double() + self.norm_offset) * factor - self.norm_offset).to(tensor.dtype)
 
 
 def rescale_of(teacher: PreTrainedModel, student: PreTrainedModel) -> Rescale:

@@ -14,8 +14,9 @@ a weight w of the teacher, cut with factor c_old and trained to s, the new one i
 which is c_new / c_old * s, written so that an entry which training left alone is exactly what a cut from the teacher gives:
 cuts and growths do not add up rounding. A restored entry is c_new * w.
 
-One tensor of each folder is in memory at a time beside the shard being filled, and both folders are read strictly. The new
-student has the types of the current one.
+One tensor of each folder is in memory at a time beside the shard being filled, and both folders are read strictly; where the
+scale changes, also what it is computed from in float64 (of an embedding only for the families that scale theirs, as Gemma's).
+The new student has the types of the current one.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ the moments by the same indices (`distill.carry`), unless they are reset. Projec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from distill.atomic import remove_whole
 from distill.carry import carry_moments
 from distill.companions import read_settings
 from distill.config import Config, ConfigError
@@ -18,7 +20,8 @@ from distill.deploy.from_checkpoint import export_checkpoint
 from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
-from distill.rounds import Lineage, Progress
+from distill.rounds import Lineage, Progress, lineage_of
+from distill.runfolder import read_resume
 from distill.session import Session
 from distill.structure import Sizes
 from distill.student_config import Student
@@ -33,11 +36,13 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is.
 
     It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such;
-    what is passed over is told in a line, and set aside.
+    what is passed over is told in a line, and set aside. One that is named begins a way of its own, which the same command
+    goes on with: later checkpoints of the way before are dropped. The settings in the folder tell whether it has begun, so they
+    are written after this.
 
     Raises:
         ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
-    Collectives: those of `newest_sound` or `verify`, and a barrier over the world.
+    Collectives: those of `newest_sound` and `verify`, a broadcast and a barrier over the world.
     """
     choice, root = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
     if choice == "none":
@@ -45,8 +50,8 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
     sound: Sound | None = None
     passed: list[PassedOver] = []
-    if choice == "auto" or foreign:
-        # With another run's checkpoint this run only begins: the same command goes on from its own, once it has one.
+    # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
+    if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
         sound, passed = _newest_own(root, mesh)
         foreign = foreign and sound is None
     try:
@@ -62,8 +67,13 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
             f"checkpoint.resume={choice} is of round {progress.round}, which this run cannot begin with; give that round's "
             "student as student.model"
         )
-    drop_after(root, progress.step, mesh, damaged=passed)
+    for folder in drop_after(root, progress.step, mesh, damaged=passed):
+        print(f"dropped {folder.name}: the run goes on from {sound.folder.name} on another way", flush=True)
     return sound.folder, progress
+
+
+def _has_begun_with(choice: str, config: Config, mesh: Mesh) -> bool:
+    return choice == first_rank_does(mesh, lambda: read_resume(Path(config.run.dir)))
 
 
 def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
@@ -97,6 +107,17 @@ def _progress(sound: Sound) -> Progress:
             f"{sound.folder / MANIFEST} cannot be read: extras.step is {progress.step}, step {sound.manifest.step}"
         )
     return progress
+
+
+def drop_cuts_after(progress: Progress, rounds: Sequence[Config]) -> None:
+    """Remove what later rounds were cut from the round under way, if it has steps to take before they begin; on one rank."""
+    if progress.round_step == rounds[progress.round].train.steps:
+        return
+    for index in range(progress.round + 1, len(rounds)):
+        lineage = lineage_of(rounds, index)
+        for folder in (lineage.begins, lineage.factored) if lineage.made_in == index else ():
+            if folder is not None and folder.exists():
+                remove_whole(folder)
 
 
 def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -> None:

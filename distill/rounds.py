@@ -78,6 +78,8 @@ class Lineage:
     """The cut student of that round, which is made if it is not there; None where `student.model` names it."""
     factored: Path
     """The same with linears of a low rank, where they are asked for."""
+    continued: Path | None
+    """The student as the round before left it, where this one goes on training it; None where it has one of its own."""
 
 
 def lineage_of(rounds: Sequence[Config], index: int) -> Lineage:
@@ -95,6 +97,7 @@ def lineage_of(rounds: Sequence[Config], index: int) -> Lineage:
         previous=round_folder(folder, made_in - 1) if made_in else None,
         begins=None if ready else folder / f"{CUT_FOLDER}{suffix}",
         factored=folder / f"{FACTORED_FOLDER}{suffix}",
+        continued=round_folder(folder, index - 1) if index > made_in else None,
     )
 
 

@@ -24,7 +24,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SUMMARY_FILE = "summary.json"
-_MADE = ("pruned", METRICS_FILE, "checkpoints", "student")
+_MADE = ("pruned", "factored", METRICS_FILE, "checkpoints", "student")
 """What a run makes out of its settings."""
 
 MAY_CHANGE = (
@@ -49,7 +49,9 @@ MAY_CHANGE = (
 )
 """Keys, or groups with a dot at the end, that may differ when a run goes on: the trajectory does not depend on them."""
 _ROUND_STAYS = ("train.steps",)
-"""Of them, what may not differ inside an entry of `rounds`."""
+"""Of them, what may not differ in an entry of `rounds`, nor at all where there are several: how long a round was has shaped
+what came after it."""
+_CHECKPOINTS = "checkpoints/step-*/manifest.json"
 
 
 def check_run_folder(config: Config) -> None:
@@ -71,7 +73,7 @@ def check_run_folder(config: Config) -> None:
         raise ConfigError(
             f"run.dir={folder} holds {made[0]} but no {CONFIG_FILE}, so it is not the folder of a run; use another run.dir"
         )
-    differing = _differing_keys(file, config)
+    differing = _differing_keys(folder, config)
     if differing:
         key, theirs, ours = differing[0]
         others = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -107,10 +109,25 @@ def write_config(config: Config) -> None:
         ) from error
 
 
+def read_resume(folder: Path) -> str | None:
+    """Return the `checkpoint.resume` that the folder's run was started with the last time; None in an empty folder.
+
+    Raises:
+        ConfigError: its settings cannot be read.
+    """
+    file = folder / CONFIG_FILE
+    return flatten(_read_config(file)).get("checkpoint.resume") if file.is_file() else None
+
+
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a run that came to its end, or None."""
     file = folder / SUMMARY_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def drop_summary(folder: Path) -> None:
+    """Remove the summary of a run that goes on: it has not come to its end."""
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -162,13 +179,12 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def _differing_keys(file: Path, config: Config) -> list[tuple[str, str, str]]:
+def _differing_keys(folder: Path, config: Config) -> list[tuple[str, str, str]]:
     """Return key, the folder's value and ours, for each setting that differs and may not."""
-    try:
-        theirs = _comparable(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{file} is not the settings of a run; use another run.dir") from error
-    ours = _comparable(config_to_dict(config))
+    # As long as it has no checkpoint of its own, a run is made of the weights that it was told to begin with.
+    begins = not any(folder.glob(_CHECKPOINTS))
+    theirs = _comparable(_read_config(folder / CONFIG_FILE), begins=begins)
+    ours = _comparable(config_to_dict(config), begins=begins)
     return [
         (key, show(theirs.get(key)), show(ours.get(key)))
         for key in sorted(theirs.keys() | ours.keys())
@@ -176,17 +192,35 @@ def _differing_keys(file: Path, config: Config) -> list[tuple[str, str, str]]:
     ]
 
 
-def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that may not differ, also those inside the entries of `rounds`."""
-    flat = {key: value for key, value in flatten(values).items() if not _may_change(key)}
-    rounds = flat.get("rounds")
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); use another run.dir") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not the settings of a run; use another run.dir")
+    return values
+
+
+def _comparable(values: Mapping[str, Any], *, begins: bool) -> dict[str, Any]:
+    """Return the settings that may not differ, also those inside the entries of `rounds`.
+
+    Args:
+        begins: whether the checkpoint that is named is one of them.
+    """
+    rounds = values.get("rounds")
+    stays = _ROUND_STAYS if isinstance(rounds, list) and len(rounds) > 1 else ()
+    flat = _without_what_may_change(values, stays)
     if isinstance(rounds, list):
-        # How long an earlier round was has shaped what came after it.
-        flat["rounds"] = [
-            {key: each for key, each in flatten(entry).items() if key in _ROUND_STAYS or not _may_change(key)}
-            for entry in rounds
-        ]
+        flat["rounds"] = [_without_what_may_change(entry, _ROUND_STAYS) for entry in rounds]
+    resume = flatten(values).get("checkpoint.resume")
+    if begins and resume not in ("auto", "none"):
+        flat["checkpoint.resume"] = resume
     return flat
+
+
+def _without_what_may_change(values: Mapping[str, Any], stays: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in flatten(values).items() if key in stays or not _may_change(key)}
 
 
 def _may_change(key: str) -> bool:

@@ -10,7 +10,7 @@ Decides which method scores what. `student.prune.method` scores the widths; laye
     random            nothing
 
 Scores are cached under a key made of what they depend on: the contents of the teacher's weight files and config, the
-methods, and, as far as these look at them, the rows of text, the dtype and the seed. The layout is not in it. Does not
+methods, and, as far as these look at them, the dtype, the rows of text and the seed. The layout is not in it. Does not
 know formulas (`distill.importance`) or what is cut by the scores (`distill.prune`).
 
 Legend: L layers.
@@ -212,6 +212,8 @@ def _depends(config: Config, teacher_folder: Path, rows: Sequence[str]) -> dict[
     if reads_text(prune.method, prune.depth_method):
         text = hashlib.sha256("".join(rows).encode()).hexdigest()
         depends |= {"rows": len(rows), "seq_len": config.data.seq_len, "text": text}
+    if {prune.method, depth} != {"random"}:
+        # Weights are read as they are loaded.
         depends |= {"dtype": config.train.dtype}
     if "random" in (prune.method, depth):
         depends |= {"seed": config.train.seed}

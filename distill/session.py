@@ -34,9 +34,9 @@ from distill.loading import (
 from distill.lowrank import factorise_student
 from distill.planning import Planner
 from distill.pretrained import load_config
-from distill.rounds import Lineage, lineage_of
+from distill.rounds import Lineage, lineage_of, rounds_of
 from distill.rows import Corpus, load_corpus
-from distill.sparsity import Sparsifier, sparsify
+from distill.sparsity import InputNorms, Sparsifier, input_norms, sparsify
 from distill.step import DistillationStep, messages
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
@@ -124,11 +124,9 @@ def open_session(
     judging_links = _forward_links(judging, mesh, models, students, teacher)
     sparsifier = sparsify(
         config,
-        mesh,
         stages=students,
         optimizer=step.optimizer,
-        open_links=lambda: _forward_links(config, mesh, models, students, None),
-        open_text=lambda: corpus.calibration(config, mesh),
+        measure=partial(_measure_inputs, config, mesh, models, corpus, students, lineage),
     )
     return Session(
         models=models,
@@ -194,6 +192,25 @@ def _forward_links(
     config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel | None
 ) -> Links:
     return forward_links(config, mesh, students, teacher, num_stages=len(models.split.student))
+
+
+def _measure_inputs(
+    config: Config,
+    mesh: Mesh,
+    models: Models,
+    corpus: Corpus,
+    students: Sequence[StageModel],
+    lineage: Lineage,
+) -> InputNorms:
+    """Measure the inputs of the student that the round begins with: its folder has it, also when a run goes on.
+
+    Collectives: those of loading, of making the channels, and of `input_norms`.
+    """
+    if lineage.continued is not None:
+        begins = replace(models, student_folder=lineage.continued)
+        students, _ = load_student(config, mesh, begins, trainable=False)
+    with closing(_forward_links(config, mesh, models, students, None)) as links:
+        return input_norms(students, mesh, links, corpus.calibration(config, mesh))
 
 
 def _shape_student(
@@ -300,12 +317,13 @@ def _learning_rate(config: Config) -> LearningRate:
 
 
 def make_student(config: Config, mesh: Mesh) -> Path:
-    """Write the pruned student to `run.dir`/student and nothing else, or a factored one beside it; return the folder.
+    """Write the first round's student to `run.dir`/student and nothing else, or a factored one beside it; return the folder.
 
     Raises:
         ConfigError: a mistake in the settings, the teacher or the corpus.
     Collectives: those of loading and scoring the teacher.
     """
+    config = rounds_of(config)[0]
     lineage = lineage_of([config], 0)
     models = replace(find_models(config, mesh, lineage), student_folder=Path(config.run.dir) / "student")
     corpus = load_corpus(config, mesh, models.teacher_folder)

@@ -36,10 +36,10 @@ _SMALL_WIDTH_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Steps:
-    """What the widths of single layers are multiples of, and how far a layer may go down."""
+    """What the widths of single layers are multiples of, and how far a layer may go down; None for what is not cut."""
 
-    ffn: int
-    groups: int
+    ffn: int | None
+    groups: int | None
     min_channels: int
 
 
@@ -78,7 +78,13 @@ def resolve_shape(config: PretrainedConfig, prune: Prune, *, tp: int) -> Shape:
     if prune.per_layer:
         sizes = _mean(sizes)
     groups = resolve_groups(config, sizes, prune, tp)
-    steps = Steps(ffn=widths(sizes.ffn, tp)[0].step, groups=tp, min_channels=prune.min_channels)
+    cuts_ffn = prune.intermediate_size is not None or not prune.sizes
+    cuts_groups = prune.num_attention_heads is not None or prune.num_key_value_heads is not None
+    steps = Steps(
+        ffn=widths(sizes.ffn, tp)[0].step if cuts_ffn else None,
+        groups=tp if cuts_groups else None,
+        min_channels=prune.min_channels,
+    )
     return Shape(
         hidden_size=resolve_hidden(config, sizes, prune, tp, groups),
         intermediate_size=resolve_ffn(sizes, prune, tp),
@@ -205,20 +211,13 @@ def resolve_hidden(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int
 
 def resolve_ffn(sizes: Sizes, prune: Prune, tp: int) -> int:
     """Return the feed-forward width that the keys ask for; arguments and errors as `resolve_shape`."""
-    targets = (
-        prune.num_layers,
-        prune.layers,
-        prune.hidden_size,
-        prune.num_attention_heads,
-        prune.num_key_value_heads,
-    )
     candidates, why = widths(sizes.ffn, tp)
     if prune.intermediate_size is not None:
         target: float = prune.intermediate_size
         what = f"student.prune.intermediate_size={target}"
         if target < prune.min_channels:
             raise ConfigError(f"{what} is less than student.prune.min_channels={prune.min_channels}")
-    elif all(each is None for each in targets):
+    elif not prune.sizes:
         target = sizes.ffn * (1 - prune.pruning_ratio)
         what = f"student.prune.pruning_ratio={prune.pruning_ratio} ({target:.0f} of {sizes.ffn} feed-forward channels)"
     else:

@@ -16,8 +16,8 @@ the first n steps: after t of them
 
     at_once   ratio        linear   ratio * t/n        cubic   ratio * (1 - (1 - t/n)^3)
 
-Scores are taken from the masters in float32; input norms are those of the student before its first step, and are measured
-anew when a run goes on, before its checkpoint is read: the student that it began with is still there.
+Scores are taken from the masters in float32; input norms are those of the student before the round's first step, and are
+measured anew when a run goes on: the student that the round began with is still there.
 
 Legend: R rows (outputs), C columns (inputs) of this rank's part of a matrix; Q groups of four.
 Source: Zhu & Gupta 2017 (cubic); Sun et al. 2023 (Wanda); Mishra et al. 2021 (2:4).
@@ -26,7 +26,6 @@ Source: Zhu & Gupta 2017 (cubic); Sun et al. 2023 (Wanda); Mishra et al. 2021 (2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -230,25 +229,19 @@ class Sparsifier:
 
 def sparsify(
     config: Config,
-    mesh: Mesh,
     *,
     stages: Sequence[StageModel],
     optimizer: StageOptimizer,
-    open_links: Callable[[], Links],
-    open_text: Callable[[], Sequence[MicroBatch]],
+    measure: Callable[[], InputNorms],
 ) -> Sparsifier | None:
     """Return the sparsifier that the settings ask for, or None.
 
-    Args: as `input_norms` and `Sparsifier`, but
-        open_links: makes the channels, which are closed again.
-        open_text: returns this replica's share of the text.
-    Collectives: for `wanda` those of making the channels, and of `input_norms`.
+    Args: as `Sparsifier`, but
+        measure: returns `input_norms`.
+    Collectives: for `wanda` those of `measure`.
     """
     settings = config.student.sparsity
     if settings.method is None:
         return None
-    norms = None
-    if settings.method == "wanda":
-        with closing(open_links()) as links:
-            norms = input_norms(stages, mesh, links, open_text())
+    norms = measure() if settings.method == "wanda" else None
     return Sparsifier(stages, optimizer, settings, total_steps=config.train.steps, norms=norms)

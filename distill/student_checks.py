@@ -13,6 +13,9 @@ from distill.budget import budget_of
 from distill.config import ConfigError
 from distill.convert import show
 
+LOW_RANK_KEYS = tuple(f"student.low_rank.{name}" for name in ("ratio", "params", "energy"))
+"""Each says how small factors are."""
+
 
 def check_student(flat: dict[str, Any]) -> None:
     """Check the values of `student.*` against each other and against the steps of the round.
@@ -24,6 +27,12 @@ def check_student(flat: dict[str, Any]) -> None:
     """
     _check_sparsity(flat)
     _check_low_rank(flat)
+    ranks = [key for key in LOW_RANK_KEYS if flat[key] is not None]
+    if ranks and flat["student.sparsity.method"] is not None:
+        raise ConfigError(
+            f"student.sparsity.method={flat['student.sparsity.method']} holds weights of dense linears, but "
+            f"{ranks[0]}={show(flat[ranks[0]])} factors them; leave one of them null"
+        )
     if flat["student.prune.target_params"] is not None:
         budget_of(flat["student.prune.target_params"], 10**12)
     for key in ("student.prune.layers", "student.low_rank.layers"):
@@ -44,8 +53,7 @@ def _check_indices(key: str, layers: list[int] | None) -> None:
 
 def _check_low_rank(flat: dict[str, Any]) -> None:
     """Check that at most one key says how small the factors are, and that what it says can be."""
-    keys = [f"student.low_rank.{name}" for name in ("ratio", "params", "energy")]
-    given = [key for key in keys if flat[key] is not None]
+    given = [key for key in LOW_RANK_KEYS if flat[key] is not None]
     if len(given) > 1:
         both = " and ".join(f"{key}={show(flat[key])}" for key in given)
         raise ConfigError(f"{both} each say how small the factors are; leave all but one of them null")

@@ -7,6 +7,7 @@ allowed, `distill.student_checks` knows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Prune:
     depth_method: str | None = None
     """How layers are scored: `block_influence`, `leave_one_out` (a forward pass for each layer) or `random`; null is what `method` gives."""
     pruning_ratio: float = 0.4
-    """Share of the feed-forward channels to remove when `intermediate_size` is null; 0 removes none."""
+    """Share of the feed-forward channels to remove where no size and no `target_params` is set; 0 removes none."""
     min_channels: int = 8
     """Fewest feed-forward channels a layer keeps."""
     num_layers: int | None = None
@@ -24,7 +25,7 @@ class Prune:
     hidden_size: int | None = None
     """Target residual width; null keeps the teacher's."""
     intermediate_size: int | None = None
-    """Target feed-forward width; null follows `pruning_ratio`."""
+    """Target feed-forward width; null keeps the teacher's where another size is set, and else follows `pruning_ratio`."""
     num_attention_heads: int | None = None
     """Target number of query heads; null keeps the teacher's."""
     num_key_value_heads: int | None = None
@@ -39,6 +40,13 @@ class Prune:
     """Shapes within `target_params` that are cut and judged on held-out text before one is taken."""
     calibration_rows: int = 32
     """Training rows of `data.seq_len` tokens, taken evenly from all, over which activations and losses without a layer are measured."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What is set of the sizes and the budget; `pruning_ratio` counts only where nothing is."""
+        names = ("num_layers", "layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        values = {name: getattr(self, name) for name in (*names, "num_key_value_heads", "target_params")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

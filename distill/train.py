@@ -24,9 +24,10 @@ from distill.levels import Figures
 from distill.metrics import RunLog
 from distill.model_checks import not_finite
 from distill.results import export_round, run_summary
-from distill.resume import bring_student, find_checkpoint, take_over
+from distill.resume import bring_student, drop_cuts_after, find_checkpoint, take_over
+from distill.round_checks import check_later_rounds
 from distill.rounds import STUDENT_FOLDER, lineage_of, round_folder, rounds_of, verdict
-from distill.runfolder import read_summary, write_config
+from distill.runfolder import drop_summary, read_summary, write_config
 from distill.running import Running
 from distill.session import Session, open_session
 from distill.skipping import check_skipped, refuse_not_finite
@@ -62,10 +63,13 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
     ended = broadcast_object(read_summary(Path(config.run.dir)), mesh.world)
     if ended and ended.get("finished") and ended.get("round_steps") == [each.train.steps for each in rounds]:
         return ended
+    resumed, progress = find_checkpoint(config, mesh)
+    check_later_rounds(rounds, mesh, after=progress.round)
     if mesh.world.is_first:
         # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
         write_config(config)
-    resumed, progress = find_checkpoint(config, mesh)
+        drop_summary(Path(config.run.dir))
+        drop_cuts_after(progress, rounds)
     running = Running(config, rounds, mesh, stop, progress, health, newest=resumed)
     session: Session | None = _open(running)
     with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step, health=health) as log:

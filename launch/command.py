@@ -44,6 +44,8 @@ class Command:
     """Refuses, before the ranks meet, what this command cannot do."""
     needs: tuple[str, ...] = ("teacher.model", "data.path")
     """Keys that must be given."""
+    stops_between_steps: bool = False
+    """Whether it looks at `Stop` and ends by itself; the others are ended by the first signal."""
 
 
 def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +101,7 @@ def _let_rank_0_speak() -> None:
 
 def _run(command: Command, config: Config, world: World) -> None:
     stop = Stop()
-    listen(stop, announces=world.rank == 0)
+    listen(stop, announces=world.rank == 0, waits=command.stops_between_steps)
     # Imported late: torch takes seconds, and a mistake should be told before.
     from launch.ranks import joined
 

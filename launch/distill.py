@@ -32,9 +32,11 @@ def distill(config: Config, mesh: Mesh, stop: Stop) -> None:
         # All ranks have agreed on it, so none of them waits for this one.
         raise SystemExit(FAILURE)
     if mesh.world.is_first and summary["finished"]:
-        # Last of all, because no rank waits for this one any more.
-        summary = _with_lm_eval(config, mesh, summary)
-        print(run_report(summary, Path(config.run.dir or ".")), flush=True)
+        try:
+            # Last of all, because no rank waits for this one any more.
+            summary = _with_lm_eval(config, mesh, summary)
+        finally:
+            print(run_report(summary, Path(config.run.dir or ".")), flush=True)
 
 
 def _with_lm_eval(config: Config, mesh: Mesh, summary: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,7 @@ COMMAND = Command(
     about="prune a student out of its teacher, distil it, judge it, and export it as a Hugging Face folder",
     run=distill,
     check=check_run_folder,
+    stops_between_steps=True,
 )
 
 if __name__ == "__main__":

@@ -29,11 +29,14 @@ def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     rows = judge_models(config, mesh)
     if not mesh.world.is_first:
         return
-    rows = _by_lm_eval(config, mesh, rows)
-    print(judged_table(rows), flush=True)
-    if config.evaluate.out is not None:
-        text = json.dumps({"table": rows, "versions": versions()}, indent=2) + "\n"
-        write_whole(Path(config.evaluate.out), text)
+    try:
+        rows = _by_lm_eval(config, mesh, rows)
+    finally:
+        # What has been found is not lost when lm_eval fails.
+        print(judged_table(rows), flush=True)
+        if config.evaluate.out is not None:
+            text = json.dumps({"table": rows, "versions": versions()}, indent=2) + "\n"
+            write_whole(Path(config.evaluate.out), text)
 
 
 def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Decides: the first signal asks the run to end after its step, with a checkpoint and exit code 0: it has done as it was told. Slurm
 and Kubernetes preempt by SIGTERM and start the same command again, which goes on; whether a run came to its end is `finished` in
 its summary.json. A second signal ends the process at once (128 + the signal, as a shell says it), and when the step
-takes so long that torchrun is about to kill the process, what is buffered is saved. A thread reads the signals through
+takes so long that torchrun is about to kill the process, what is buffered is saved. Commands that take no steps end at the
+first signal. A thread reads the signals through
 Python's wake-up descriptor, because a handler proper does not run while the main thread waits inside a collective. Must be
 installed from the main thread.
 """
@@ -27,22 +28,30 @@ SAME_SIGNAL_S = 1.0
 """Signals this close together are one: a batch system tells torchrun and its workers, and torchrun tells them again."""
 
 
-def listen(stop: Stop, *, announces: bool) -> None:
+def listen(stop: Stop, *, announces: bool, waits: bool = True) -> None:
     """Turn SIGINT and SIGTERM of this process into requests on `stop`.
 
     Args:
         announces: whether this process tells the user (rank 0 does).
+        waits: whether somebody looks at the request; else the first signal ends the process.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_to_thread)
-    threading.Thread(target=_watch, args=(reader, stop, announces), daemon=True, name="signals").start()
+    target, arguments = (_watch, (reader, stop, announces)) if waits else (_end, (reader, stop))
+    threading.Thread(target=target, args=arguments, daemon=True, name="signals").start()
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """Do nothing: a Python handler must exist for the wake-up descriptor to be written."""
+
+
+def _end(reader: int, stop: Stop) -> None:
+    number = os.read(reader, 1)[0]
+    stop.save_buffers()
+    os._exit(128 + number)
 
 
 def _watch(reader: int, stop: Stop, announces: bool) -> None:

@@ -102,11 +102,14 @@ def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]
     return None, passed
 
 
-def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) -> None:
+def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) -> list[Path]:
     """Remove the checkpoints of a run after `step`, which it goes on from on another way; set damaged ones aside.
 
+    Returns:
+        The complete ones that are gone, on the first rank.
     Collectives: a barrier over the world.
     """
+    dropped = []
     if mesh.world.is_first:
         for folder in (each.folder for each in damaged if each.was_complete):
             target = folder.with_name(folder.name + DAMAGED)
@@ -114,8 +117,10 @@ def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) 
             folder.rename(target)
         for folder in _folders(root):
             if (step_of(folder) or 0) > step:
+                dropped += [folder] if (folder / MANIFEST).exists() else []
                 remove(folder)
     barrier(mesh.world)
+    return dropped
 
 
 def remove(folder: Path) -> None:

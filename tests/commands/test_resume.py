@@ -268,7 +268,24 @@ def test_a_checkpoint_of_another_run_only_begins_this_one(
     assert done.code == 0 and f"going on after step {STEPS} of {STEPS}" in done.out
     assert losses(tmp_path) == losses(reference)[-2:]
     assert "| teacher " in done.out and "| pruned + distilled |" in done.out
+    assert "| pruned |" not in done.out, "what it began with had been trained"
+    assert json.loads((tmp_path / "summary.json").read_text())["gap_closed"] is None
     assert same_weights(tmp_path / "student", reference / "student")
+
+
+def test_the_command_that_named_a_checkpoint_goes_on_from_newer_ones(
+    inputs: Inputs, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(reference, tmp_path / "run")
+    begin = run / "checkpoints" / f"step-{STEPS - 2:08d}"
+    arguments = inputs.settings(run, f"checkpoint.resume={begin}", f"train.steps={STEPS + 1}")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        interrupt(patch, "distill.results.export_student")
+        call(distill.COMMAND, arguments)
+    assert not (run / "summary.json").exists(), "it has not come to its end"
+    done = call(distill.COMMAND, arguments)
+    assert done.code == 0 and f"going on after step {STEPS + 1} of {STEPS + 1}" in done.out, done.err
+    assert "dropped" not in done.out
 
 
 def test_a_checkpoint_brings_its_student_along(inputs: Inputs, reference: Path, tmp_path: Path) -> None:

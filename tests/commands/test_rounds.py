@@ -148,6 +148,21 @@ def test_killed_anywhere_it_ends_the_same(
     assert_same(tmp_path, shrunk if rounds == SHRINKS else grown)
 
 
+def test_a_round_is_cut_anew_when_the_one_before_goes_another_way(
+    inputs: Inputs, shrunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = settings(inputs, tmp_path, SHRINKS)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        interrupt(patch, "distill.resume.carry_moments")
+        call(distill.COMMAND, arguments)
+    (tmp_path / "pruned-1" / "model.safetensors").write_bytes(b"of the way before")
+    begin = tmp_path / "checkpoints" / "step-00000003"
+    done = call(distill.COMMAND, [*arguments, f"checkpoint.resume={begin}"])
+    finished(done)
+    assert "dropped step-00000004: the run goes on from step-00000003" in done.out
+    assert_same(tmp_path, shrunk)
+
+
 def test_the_student_of_a_round_teaches_the_next(inputs: Inputs, tmp_path: Path) -> None:
     done = call(distill.COMMAND, settings(inputs, tmp_path, ASSISTANT))
     finished(done)
@@ -193,6 +208,7 @@ def test_mistakes(inputs: Inputs, tmp_path: Path) -> None:
         ("rounds=[{}, {teacher: {model: round-1}}]", "use a model, previous, or round-0 to round-0"),
         ("rounds=[{mesh: {pp: 2}}]", "rounds[0].mesh.pp cannot differ between rounds"),
         ("rounds=[{}, {train: {tokens: 0}}]", "train.tokens=0 must be greater than 0"),
+        ("rounds=[{}, {student: {prune: {num_layers: 9}}}]", "error: rounds[1]: student.prune.num_layers=9"),
     ):
         done = call(distill.COMMAND, settings(inputs, tmp_path / "run", rounds))
         assert done.code == 2 and words in done.err and not (tmp_path / "run").exists(), done.err

@@ -22,6 +22,25 @@ SETTINGS = (
 )
 
 
+def zeros(folder: Path) -> dict[str, list[bool]]:
+    return {name: (weight == 0).tolist() for name, weight in weights(folder).items()}
+
+
+def test_a_later_round_measures_the_student_that_it_begins_with(inputs: Inputs, tmp_path: Path) -> None:
+    """Masks are those of a run that is given the earlier round's student."""
+    sparse = "{method: wanda, pattern: '2:4'}"
+    rounds = f"rounds=[{{}}, {{student: {{sparsity: {sparse}}}}}]"
+    few = ("train.steps=2", "optimizer.lr=0.05")
+    both = call(distill.COMMAND, inputs.settings(tmp_path / "both", rounds, *few))
+    assert both.code == 0, both.err
+    ready = f"student.model={tmp_path / 'both' / 'round-0'}"
+    alone = call(
+        distill.COMMAND, inputs.settings(tmp_path / "alone", ready, f"student.sparsity={sparse}", *few)
+    )
+    assert alone.code == 0, alone.err
+    assert zeros(tmp_path / "both" / "student") == zeros(tmp_path / "alone" / "student")
+
+
 def test_a_sparse_student_is_named_and_its_teacher_scored_once(inputs: Inputs, tmp_path: Path) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     done = call(distill.COMMAND, inputs.settings(tmp_path / "run", *SETTINGS, cache))

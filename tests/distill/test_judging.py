@@ -153,6 +153,7 @@ def test_the_gap_closed_is_a_share_of_what_the_round_began_with() -> None:
         [line("student", 0, 4.0)],
         [line("teacher", 0, 2.0)],
         [line("teacher", 0, 2.0), line("student", 0, 4.0, round=1)],
+        [line("teacher", 8, 2.0), line("student", 8, 4.0), line("student", 10, 3.0)],
         [line("teacher", 0, 2.0), line("student", 0, 2.0)],
         [line("teacher", 0, 2.0), line("student", 0, 1.5)],
         [line("teacher", 0, None), line("student", 0, 4.0)],

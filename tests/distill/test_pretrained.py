@@ -20,7 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 from distill import pretrained
 from distill.config import ConfigError
 from distill.convert_gguf import convert_gguf
-from distill.pretrained import embedded_gguf, load_config, load_tokenizer, resolve_model
+from distill.pretrained import (
+    check_tokenizers,
+    embedded_gguf,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
 from tests.distill.tiny_gguf import tiny_llama, write_gguf
 from tests.distill.tiny_tokenizer import TOKENS
 
@@ -92,6 +98,25 @@ def test_missing_or_broken_tokenizers_are_refused(copy: Path) -> None:
         file.unlink()
     with pytest.raises(ConfigError, match="holds no tokenizer"):
         load_tokenizer(copy)
+
+
+def test_tokenizers_of_two_models_are_compared_by_their_ids(copy: Path, model_folder: Path) -> None:
+    check_tokenizers(copy, model_folder, key="student.model")
+    file = copy / "tokenizer.json"
+    known = json.loads(file.read_text())
+    vocabulary = known["model"]["vocab"]
+    swapped = dict(zip(vocabulary, [*list(vocabulary.values())[:-2], *list(vocabulary.values())[:-3:-1]]))
+    file.write_text(json.dumps({**known, "model": {**known["model"], "vocab": swapped}}))
+    ids, tokens = sorted(vocabulary.values())[-2:], list(vocabulary)[-2:]
+    with pytest.raises(ConfigError) as caught:
+        check_tokenizers(copy, model_folder, key="student.model")
+    assert str(caught.value) == (
+        f"student.model={copy} has another tokenizer than {model_folder}: id {ids[0]} is {tokens[1]!r} there, {tokens[0]!r} "
+        "here (2 ids differ); use models of one tokenizer"
+    )
+    for tokenizer in copy.glob("tokenizer*"):
+        tokenizer.unlink()
+    check_tokenizers(copy, model_folder, key="student.model")
 
 
 def test_a_file_that_is_no_gguf_is_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -347,6 +347,9 @@ def test_layers_share_the_channels_by_their_scores() -> None:
         1: [0, 1, 2, 3, 4, 5, 6, 7],
     }
     assert {layer: indices.tolist() for layer, indices in kept.groups.items()} == {0: [0], 1: [1, 2, 3]}
+    # Nobody has asked to cut the channels.
+    kept = choose(whole, config, Shape(8, 5, 4, 2, 2, None, Steps(ffn=None, groups=1, min_channels=2)))
+    assert [len(kept.ffn[layer]) for layer in (0, 1)] == [8, 8] and len(kept.groups[0]) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "glm4"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Config, ConfigError, Gate, Run, Teacher
+from distill.config import Config, ConfigError, Gate, Run, Teacher, Train
 from distill.rounds import Progress, lineage_of, rounds_of, verdict
 from distill.student_config import Prune, Student
 
@@ -36,6 +36,11 @@ def test_rounds_have_their_own_settings_and_name_earlier_students() -> None:
     assert (second.data.seq_len, third.data.seq_len) == (512, 64)
 
 
+def test_a_round_that_names_its_steps_does_not_inherit_tokens() -> None:
+    of_tokens = replace(config({}, {"train": {"steps": 5}}), train=Train(tokens=10**6))
+    assert [each.train.steps for each in rounds_of(of_tokens)] == [62, 5]
+
+
 @pytest.mark.parametrize(
     ("index", "name"), [(0, "previous"), (0, "round-0"), (1, "round-1"), (1, "round-7"), (2, "round-2")]
 )
@@ -60,6 +65,7 @@ def test_where_students_come_from() -> None:
     begins = [folder / name for name in ("pruned", "pruned-1", "pruned-1", "pruned-3")]
     assert [each.begins for each in lineages] == begins
     assert [each.factored.name for each in lineages] == ["factored", "factored-1", "factored-1", "factored-3"]
+    assert [each.continued for each in lineages] == [None, None, folder / "round-1", None]
 
 
 def test_a_ready_student_is_not_cut_in_the_first_round() -> None:

@@ -16,6 +16,7 @@ from distill.runfolder import (
     write_config,
     write_whole,
 )
+from distill.student_config import LowRank, Student
 
 
 def config_in(folder: Path) -> Config:
@@ -92,6 +93,35 @@ def test_rounds_may_be_executed_otherwise_and_not_be_others(tmp_path: Path) -> N
     for other in (with_round(steps=4), with_round(global_batch_size=2), replace(with_round(), rounds=({},))):
         with pytest.raises(ConfigError, match="holds a run with rounds="):
             check_run_folder(other)
+
+
+def test_steps_may_change_in_a_run_of_one_round_only(tmp_path: Path) -> None:
+    """A round that was cut from an earlier one belongs to the steps which that one had."""
+    config = replace(config_in(tmp_path), rounds=({}, {}))
+    begin(config)
+    with pytest.raises(ConfigError, match="train.steps=1000, this one has train.steps=2000"):
+        check_run_folder(replace(config, train=Train(steps=2000)))
+
+
+def test_what_a_run_begins_with_may_change_when_it_has_a_checkpoint(tmp_path: Path) -> None:
+    config = replace(config_in(tmp_path / "run"), checkpoint=Checkpoint(resume="other/step-00000010"))
+    begin(config)
+    for resume in ("auto", "none", "another"):
+        with pytest.raises(ConfigError, match=r"checkpoint.resume=other/step-00000010, this one has"):
+            check_run_folder(replace(config, checkpoint=Checkpoint(resume=resume)))
+    check_run_folder(config)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000012"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    check_run_folder(replace(config, checkpoint=Checkpoint(resume="auto")))
+
+
+def test_a_factored_student_belongs_to_its_settings(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    write_config(config)
+    (tmp_path / "factored").mkdir()
+    with pytest.raises(ConfigError, match=r"student.low_rank.ratio=null, this one has"):
+        check_run_folder(replace(config, student=Student(low_rank=LowRank(ratio=0.3))))
 
 
 def test_starting_anew_does_not_overwrite_a_run(tmp_path: Path) -> None:

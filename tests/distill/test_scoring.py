@@ -213,6 +213,14 @@ def test_scores_are_measured_once(folder: Path, tmp_path: Path, capfd: pytest.Ca
     _cached(_config(folder, cache, method="l1"), folder, single)
     _cached(_config(folder, cache, method="l1"), folder, single, num_rows=2)
     assert len(list(file.parent.iterdir())) == 2
+    in_bfloat16 = replace(_config(folder, cache, method="l1"), train=Train(dtype="bfloat16"))
+    _cached(in_bfloat16, folder, single)
+    assert len(list(file.parent.iterdir())) == 3
+    # Neither text nor type: the same scores on any machine.
+    at_random = _config(folder, cache, method="random")
+    _cached(at_random, folder, single)
+    _cached(replace(at_random, train=Train(dtype="bfloat16")), folder, single, num_rows=2)
+    assert len(list(file.parent.iterdir())) == 4
     _cached(config, folder, single, num_rows=2)
     _cached(config, folder, single, other_token=True)
     _cached(_config(folder, cache, depth_method="random"), folder, single)
@@ -220,7 +228,7 @@ def test_scores_are_measured_once(folder: Path, tmp_path: Path, capfd: pytest.Ca
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     _cached(config, other, single)
-    assert len(list(file.parent.iterdir())) == 6
+    assert len(list(file.parent.iterdir())) == 8
 
 
 @pytest.mark.parametrize("place", [0.5, 0.95], ids=["header", "tensor"])

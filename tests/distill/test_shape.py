@@ -157,7 +157,7 @@ def test_targets_that_cannot_be_met_say_what_can(prune: Prune, tp: int, words: s
 def test_per_layer_targets_are_means() -> None:
     prune = Prune(per_layer=True, num_key_value_heads=2, hidden_size=512)
     assert resolve_shape(smollm2(num_key_value_heads=9), prune, tp=1) == Shape(
-        512, 1536, 2, 2, 30, None, Steps(ffn=32, groups=1, min_channels=8)
+        512, 1536, 2, 2, 30, None, Steps(ffn=None, groups=1, min_channels=8)
     )
     assert resolve_shape(smollm2(), Prune(per_layer=True), tp=3).intermediate_size == 960
     # A student whose layers already differ: 60 % of the mean of 1024 and 1536, as ready as any other teacher.

@@ -13,7 +13,7 @@ from distill.stop import Stop
 from launch import signals
 signals.SAVE_AFTER_S = {save_after_s}
 stop = Stop()
-signals.listen(stop, announces=True)
+signals.listen(stop, announces=True, waits={waits})
 stop.call_before_kill(lambda: print("saved", flush=True))
 print("ready", flush=True)
 while not stop.requested:
@@ -24,8 +24,8 @@ print("end", flush=True)
 """
 
 
-def start(*, save_after_s: float = 60, then_s: float = 0) -> subprocess.Popen[str]:
-    code = PROGRAM.format(save_after_s=save_after_s, then_s=then_s)
+def start(*, save_after_s: float = 60, then_s: float = 0, waits: bool = True) -> subprocess.Popen[str]:
+    code = PROGRAM.format(save_after_s=save_after_s, then_s=then_s, waits=waits)
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -45,6 +45,14 @@ def test_a_signal_lets_the_step_end(number: int, said: str) -> None:
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert (out, err, process.returncode) == ("step done\nend\n", said, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_without_steps_ends_at_the_first_signal(number: int) -> None:
+    process = start(waits=False)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (out, err, process.returncode) == ("saved\n", "", 128 + number)
 
 
 def test_a_second_signal_ends_at_once_and_saves() -> None:
