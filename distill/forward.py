@@ -103,6 +103,9 @@ def run_forward(
         num_slices=teacher.num_slices if teacher is not None else 1,
         virtual_stages=len(students) or 1,
     )
-    executor = Executor({Kind.F: forward, Kind.K: forward}, links, rank=rank, place=mesh.describe())
+    # In order, because both models' hidden states are looked at when the second of them is there.
+    executor = Executor(
+        {Kind.F: forward, Kind.K: forward}, links, rank=rank, place=mesh.describe(), in_order=True
+    )
     executor.run(add_communication(plan), first_microbatch=0)
     executor.close()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 2 << 20  # several operations pass over a block, so it should stay in a core's cache
+_ACCELERATOR_BLOCK_BYTES = 256 << 20  # an accelerator has no such cache and pays for every launch
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def row_blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
+def row_blocks(num_rows: int, row_bytes: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[slice]:
     """Yield slices of rows whose bytes together make a block."""
-    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
@@ -100,5 +101,7 @@ class HeadProducts:
         if target_VD.dtype == grad_CV.dtype == self.dtype:
             target_VD.addmm_(grad_CV.t(), hidden_CD)
             return
-        for ids in row_blocks(target_VD.shape[0], target_VD.shape[1] * self.dtype.itemsize):
+        row_bytes = target_VD.shape[1] * self.dtype.itemsize
+        block_bytes = _BLOCK_BYTES if target_VD.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
+        for ids in row_blocks(target_VD.shape[0], row_bytes, block_bytes):
             target_VD[ids] += grad_CV[:, ids].to(self.dtype).t() @ hidden_CD

@@ -247,6 +247,12 @@ def open_hidden(
         return None
     same_origin = models.origin_folder == models.teacher_folder
     kept = kept_of(models.student_folder, config.teacher.model, same_origin=same_origin)
+    if kept is None and hidden.layers is None and mesh.world.is_first:
+        print(
+            f"hidden states: {models.student_folder} was not cut out of {config.teacher.model}, as far as it tells; layers of "
+            "the same relative depth are compared",
+            flush=True,
+        )
     widths = {"student_width": students[0].config.hidden_size, "teacher_width": teacher.config.hidden_size}
     check_widths(config, **widths, is_cut=kept is not None)
     channels = None if kept is None else kept.hidden

@@ -147,11 +147,11 @@ class DistillationStep:
         self._window.forget_before(step)
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         tokens = sum(batch.num_valid_tokens for batch in self._window.step(step))
-        count = self._executor.beside(lambda: self._count_tokens(tokens))
+        count = self._executor.beside(lambda: self._add_up_tokens(tokens))
         self._now = _Progress(step, self.loss(step), count, zero.clone(), zero.clone())
         self.optimizer.zero_grad()
         if self.hidden is not None:
-            self.hidden.begin(step, self._now.loss.hidden.weight, count.result)
+            self.hidden.begin(step, self._now.loss.hidden.weight, self._count_valid_tokens)
         busy_s = 0.0
         for plan, first_microbatch in self.course.of(step):
             self.last_plan, self._num_microbatches = plan, plan.shape.num_microbatches
@@ -188,7 +188,11 @@ class DistillationStep:
         """Number in the run of the first micro-batch after the step."""
         return (self._now.step + 1) * self._num_microbatches
 
-    def _count_tokens(self, num_valid_tokens: int) -> int:
+    def _count_valid_tokens(self) -> int:
+        """Return the labels that count in the step, on all replicas."""
+        return self._executor.result(self._now.num_valid_tokens, "the token count")
+
+    def _add_up_tokens(self, num_valid_tokens: int) -> int:
         count = torch.tensor(num_valid_tokens, device=self.mesh.device)
         all_reduce_(count, self.mesh.gradients.dp)
         return int(count)
@@ -255,7 +259,7 @@ class DistillationStep:
             divergence=divergence_of(loss),
             temperature=loss.temperature,
             alpha=loss.alpha,
-            num_valid_tokens=max(1, self._now.num_valid_tokens.result()),
+            num_valid_tokens=max(1, self._count_valid_tokens()),
             tp=self.mesh.tp,
             grad_weight_out_VD=grad_target(head.weight) if trains else None,
             grad_bias_out_V=grad_target(head.bias) if trains and head.bias is not None else None,
@@ -336,7 +340,7 @@ class DistillationStep:
             alpha=loss.alpha,
             grad_norm=self._now.norm.item(),
             learning_rate=self._now.learning_rate,
-            num_valid_tokens=self._now.num_valid_tokens.result(),
+            num_valid_tokens=self._count_valid_tokens(),
             step_s=step_s,
             bubble_fraction=idle / self.mesh.world.size,
         )

@@ -33,7 +33,7 @@ def token_log_probs(
         [T] float64, 0 at `IGNORE` positions; the same on every rank of tp.
     Raises:
         ValueError: shapes that do not fit, or a label outside the vocabulary.
-    Collectives: for each chunk, tp all-gather [7, C] float64; none without a token.
+    Collectives: for each chunk, tp all-gather [6, C] float64; none without a token.
     """
     scores_T = torch.zeros(len(labels_T), dtype=torch.float64, device=labels_T.device)
     batch = TokenBatch(hidden_TD, head, None, None, labels_T, tp)

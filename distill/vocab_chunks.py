@@ -28,6 +28,9 @@ from parallel.collectives import all_gather, shard_range
 from parallel.mesh import Axis
 
 _CHUNK_BYTES = 64 << 20  # both models' logits of a chunk; more gains no speed (python -m launch.bench loss)
+_ACCELERATOR_CHUNK_BYTES = (
+    512 << 20
+)  # every chunk reads both heads and the gradient, which takes as long as 250 tokens or so
 _MIN_CHUNK_TOKENS = 64  # below this a matrix product spends its time on reading the head
 
 
@@ -83,7 +86,8 @@ class VocabChunk:
         if chunk_tokens is None:
             # By the longest shard: ranks whose shards differ by one id must still cut the tokens alike.
             token_bytes = _ceil_div(vocab_size, tp.size) * dtype.itemsize * (1 if teacher is None else 2)
-            chunk_tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // token_bytes)
+            chunk_bytes = _CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+            chunk_tokens = max(_MIN_CHUNK_TOKENS, chunk_bytes // token_bytes)
         self.chunk_tokens = _ceil_div(num_tokens, _ceil_div(num_tokens, chunk_tokens))
         # An accelerator has no such cache and pays for every launch: there a block is the whole chunk.
         self._row_bytes = width * dtype.itemsize if device.type == "cpu" else 0

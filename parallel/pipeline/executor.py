@@ -54,11 +54,21 @@ class Executor:
         links: this rank's channels; their handlers join the table.
         rank: pipeline rank.
         place: words for messages, such as `rank 3 (pp 1, dp 0, tp 1)`.
+        in_order: run every action on one lane, for handlers that look at what actions they do not depend on have made.
     """
 
-    def __init__(self, handlers: Mapping[Kind, Handler], links: Links, *, rank: int, place: str) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[Kind, Handler],
+        links: Links,
+        *,
+        rank: int,
+        place: str,
+        in_order: bool = False,
+    ) -> None:
         self._handlers = {**links.handlers(), **handlers}
         self._links, self._rank, self._place = links, rank, place
+        self._in_order = in_order
         self._background = Background(_REDUCTIONS)
         self._lanes = lanes_of(links.mesh.device)
         self._prepared: tuple[Plan | None, _Prepared] = None, ([], {}, Counter())
@@ -127,6 +137,17 @@ class Executor:
 
         return self._background.submit(run)
 
+    def result(self, work: Future[T], what: str) -> T:
+        """Return what `beside` has been given to do comes to; the watch is told that this waits.
+
+        Args:
+            what: words for it.
+        """
+        if work.done():
+            return work.result()
+        with self._links.mesh.activity.waiting(what, thread=_REDUCTIONS):
+            return work.result()
+
     def settle(self) -> None:
         """Wait for what a run has carried: what follows sees the parameters of all replicas."""
         self._gathered(None)
@@ -162,7 +183,7 @@ class Executor:
                 _Entry(
                     action,
                     self._handlers[action.kind],
-                    lane_of(action.kind),
+                    Lane.STUDENT if self._in_order else lane_of(action.kind),
                     requirements(action, plan.shape, lowered=True),
                 )
                 for action in actions
@@ -183,7 +204,7 @@ class Executor:
                     f"{self._place} failed at {action}: {type(error).__name__}: {error}"
                 ) from error
             end = self._lanes.mark()
-            self._lanes.done(action)
+            self._lanes.done(action, lane)
         return action, start, end
 
 

@@ -58,7 +58,7 @@ class HostLanes:
     def wait_until(self, lane: Lane | None, place: Any) -> None:
         """Let what follows on the lane, or outside all (None), wait for a place or a mark."""
 
-    def done(self, action: Action) -> None:
+    def done(self, action: Action, lane: Lane) -> None:
         """Note that all work of an action has been issued."""
 
     def mark(self) -> float:
@@ -117,9 +117,9 @@ class CudaLanes:
         stream = self._cuda.current_stream(self._device) if lane is None else self._streams[lane]
         stream.wait_event(place)
 
-    def done(self, action: Action) -> None:
-        """Note that all work of an action has been issued; call it on the action's lane."""
-        self._done[action] = lane_of(action.kind), self.here()
+    def done(self, action: Action, lane: Lane) -> None:
+        """Note that all work of an action has been issued; call it on the lane that it ran on."""
+        self._done[action] = lane, self.here()
 
     def mark(self) -> Any:
         """Take the time at this place of the current lane."""

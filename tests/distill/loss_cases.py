@@ -34,6 +34,8 @@ class Case:
     bias: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
     lopsided: bool = False
     """Teacher's mass on the lowest ids, student's on the highest: every shard has another share."""
     tied: bool = False
@@ -81,8 +83,9 @@ KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd", "top_k_kl")
 TEMPERATURES = (1.0, 2.0, 5.0)
 ODD_CASES = [
     Case(bias=True),
-    Case(scale=0.25),
-    Case(bias=True, scale=1.5, softcap=4.0),
+    Case(scale=0.25, teacher_scale=0.25),
+    Case(bias=True, scale=1.5, softcap=4.0, teacher_scale=0.7),
+    Case(bias=True, teacher_scale=1.5, teacher_softcap=4.0),
     Case(lopsided=True),
     Case(temperature=0.5, lopsided=True),
     Case(vocab=3, top_k=2),
@@ -107,10 +110,21 @@ OTHER_CASES = [
 ]
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, case: Case) -> Tensor:
+def student_logits(tensors: dict[str, Any], case: Case) -> Tensor:
+    return _logits(tensors["hidden"], tensors["weight"], tensors["bias"], case.scale, case.softcap)
+
+
+def teacher_logits(tensors: dict[str, Any], case: Case) -> Tensor:
+    hidden, weight, bias = (tensors[f"teacher_{name}"] for name in ("hidden", "weight", "bias"))
+    return _logits(hidden, weight, bias, case.teacher_scale, case.teacher_softcap)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     z = hidden @ weight.T
-    z = (z if bias is None else z + bias) * case.scale
-    return z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
+    z = (z if bias is None else z + bias) * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def plain_divergence(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -149,8 +163,7 @@ def plain_loss(case: Case, tensors: dict[str, Any], num_valid_tokens: int) -> di
         k: v.detach().double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()
     }
     inputs = {k: wide[k].requires_grad_() for k in ("hidden", "weight", "bias") if wide[k] is not None}
-    student = logits_of(wide["hidden"], wide["weight"], wide["bias"], case)
-    teacher = logits_of(wide["teacher_hidden"], wide["teacher_weight"], wide["teacher_bias"], case)
+    student, teacher = student_logits(wide, case), teacher_logits(wide, case)
     hard = soft = torch.zeros((), dtype=torch.float64)
     for s, t, label in zip(student, teacher, wide["labels"].tolist(), strict=True):
         if label == IGNORE:
@@ -178,7 +191,11 @@ def heads(case: Case, tensors: dict[str, Any], tp: Axis) -> tuple[Head, Head]:
 
     student = Head(cut(tensors["weight"]), cut(tensors["bias"]), case.scale, case.softcap)
     teacher = Head(
-        cut(tensors["teacher_weight"]), cut(tensors["teacher_bias"]), case.scale, case.softcap, case.vocab
+        cut(tensors["teacher_weight"]),
+        cut(tensors["teacher_bias"]),
+        case.teacher_scale,
+        case.teacher_softcap,
+        case.vocab,
     )
     return student, teacher
 

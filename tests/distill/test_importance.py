@@ -151,8 +151,12 @@ def _assert_same(actual: Scores, expected: Scores, *, rtol: float) -> None:
         assert actual.layers[layer] == pytest.approx(influence, rel=1e-9)
 
 
-def _score_stage(config: PretrainedConfig, folder: str, mesh: Mesh) -> tuple[Scores, Scores]:
-    stage = build_stage(config, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64, trainable=False)
+def _score_stage(
+    config: PretrainedConfig, folder: str, mesh: Mesh, *, compiled: bool = False
+) -> tuple[Scores, Scores]:
+    stage = build_stage(
+        config, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64, trainable=False, compile_layers=compiled
+    )
     load_weights(stage, Path(folder))
     sizes = Sizes.of(config)
     rows = [row for row in range(2) if row % mesh.dp.size == mesh.dp.rank]
@@ -165,6 +169,29 @@ def _score_stage(config: PretrainedConfig, folder: str, mesh: Mesh) -> tuple[Sco
             broadcast_(hidden, mesh.pp, source=source)
     activation = gather_scores(recorder.measured, mesh)
     return gather_scores(weight_scores(stage.layers, sizes), mesh), activation
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_recorded_after_they_have_run_unrecorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch.compile made for a layer without hooks is used for its like with them; the linears still call theirs."""
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options)
+    )
+    config, mesh = tiny_config("llama", num_hidden_layers=2), Mesh.single()
+    folder = str(save_tiny(tmp_path, config))
+    stage = build_stage(
+        config, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64, trainable=False, compile_layers=True
+    )
+    load_weights(stage, Path(folder))
+    with torch.no_grad():
+        stage(IDS, POSITIONS)
+    (_, plain), (_, compiled) = (_score_stage(config, folder, mesh, compiled=each) for each in (False, True))
+    assert compiled.hidden.sum() > 0 and torch.allclose(compiled.hidden, plain.hidden)
+    for layer in range(2):
+        assert torch.allclose(compiled.ffn[layer], plain.ffn[layer])
 
 
 def _score(shape: dict[str, int], folders: dict[str, str]) -> dict[str, tuple[Scores, Scores]]:

@@ -22,9 +22,10 @@ from tests.distill.loss_cases import (
     distance,
     errors,
     heads,
-    logits_of,
     plain_loss,
     sharded_loss,
+    student_logits,
+    teacher_logits,
 )
 from tests.workers import run_distributed
 
@@ -231,10 +232,8 @@ def test_autograd_form_leaves_frozen_inputs_alone() -> None:
 
 def dense_stats(case: Case, tensors: dict[str, Any]) -> tuple[float, float, int, int]:
     valid = tensors["labels"] != IGNORE
-    student = logits_of(tensors["hidden"], tensors["weight"], tensors["bias"], case)[valid]
-    teacher = logits_of(tensors["teacher_hidden"], tensors["teacher_weight"], tensors["teacher_bias"], case)[
-        valid
-    ]
+    student = student_logits(tensors, case)[valid]
+    teacher = teacher_logits(tensors, case)[valid]
     labels = tensors["labels"][valid]
     log_q, log_p = student.log_softmax(1), teacher.log_softmax(1)
     return (
@@ -247,7 +246,7 @@ def dense_stats(case: Case, tensors: dict[str, Any]) -> tuple[float, float, int,
 
 def dense_buckets(case: Case, tensors: dict[str, Any]) -> list[tuple[float, ...]]:
     """Return nll, KL, agreement and count of the tokens in each bucket of the teacher's entropy."""
-    teacher = logits_of(tensors["teacher_hidden"], tensors["teacher_weight"], tensors["teacher_bias"], case)
+    teacher = teacher_logits(tensors, case)
     log_p = teacher.log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     rows = []
@@ -265,12 +264,21 @@ def likely_tensors(case: Case) -> dict[str, Any]:
     tensors["teacher_hidden"] += tensors["hidden"]
     # From a teacher that is nearly uniform to one that is sure.
     tensors["teacher_hidden"] *= torch.linspace(0.02, 4, case.tokens, dtype=torch.float64)[:, None]
-    best = logits_of(tensors["hidden"], tensors["weight"], tensors["bias"], case).argmax(1)
+    best = student_logits(tensors, case).argmax(1)
     tensors["labels"] = torch.where(torch.arange(case.tokens) % 3 == 1, best, tensors["labels"])
     return tensors
 
 
-EVALUATED = Case(tokens=41, vocab=211, student_width=6, teacher_width=6, softcap=20.0, scale=0.7, chunk=7)
+EVALUATED = Case(
+    tokens=41,
+    vocab=211,
+    student_width=6,
+    teacher_width=6,
+    softcap=20.0,
+    scale=0.7,
+    teacher_scale=1.3,
+    chunk=7,
+)
 
 
 def evaluated(num_ranks: int) -> tuple[tuple[float, ...], list[list[float]]]:

@@ -139,6 +139,47 @@ def test_on_a_gpu_a_gather_that_begins_late_still_waits_for_the_step() -> None:
     assert cuda.outside.waits[-1] == (id(reductions), 1)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_in_order_what_an_action_looks_at_beside_its_needs_is_there(in_order: bool) -> None:
+    """Both models' hidden states are looked at in the student's forward, which needs nothing of the teacher's."""
+    cuda = DoubleOfCuda()
+    streams: dict[str, int] = {}
+
+    def handle(action: Action) -> None:
+        cuda.current.issued += 1
+        streams[str(action)] = id(cuda.current)
+
+    executor = Executor(_all(handle), Links(Mesh.single(), {}), rank=1, place=PLACE, in_order=in_order)
+    executor._lanes = CudaLanes(torch.device("cuda", 0), cuda)
+    try:
+        executor.run(_plan([parse(text) for text in ("1K0", "1F0")]), first_microbatch=0)
+    finally:
+        executor.close()
+    assert (streams["1K0"] == streams["1F0"]) is in_order
+
+
+def test_who_waits_for_what_runs_beside_says_so() -> None:
+    mesh = Mesh.single()
+    executor = Executor({}, Links(mesh, {}), rank=1, place=PLACE)
+    release = threading.Event()
+    seen: list[float] = []
+
+    def look() -> None:
+        while mesh.activity.waited_s(time.monotonic()) == 0.0:
+            time.sleep(0.001)
+        seen.append(mesh.activity.waited_s(time.monotonic()))
+        release.set()
+
+    watch = threading.Thread(target=look, daemon=True)
+    try:
+        count = executor.beside(lambda: release.wait(10) and 7)
+        watch.start()
+        assert executor.result(count, "the token count") == 7 and len(seen) == 1
+        assert executor.result(count, "the token count") == 7
+    finally:
+        executor.close()
+
+
 def test_settling_waits_for_a_gather_and_tells_its_failure() -> None:
     done: list[Action] = []
 

@@ -72,7 +72,7 @@ def _run(lanes: CudaLanes, cuda: DoubleOfCuda, text: str, *needs: str) -> None:
     with lanes.on(lane):
         lanes.wait_for(lane, map(parse, needs))
         cuda.current.issued += 1
-        lanes.done(action)
+        lanes.done(action, lane_of(action.kind))
 
 
 def test_each_kind_has_its_lane_and_messages_that_of_what_they_carry() -> None:
