@@ -199,6 +199,10 @@ def _notes(config: Config, options: Options, device: torch.device, profiles: Seq
         "activations come on top, and whether they fit is not checked."
     )
     notes = [measured, memory]
+    if config.loss.hidden.is_on:
+        notes.append(
+            "Queue leaves out what loss.hidden keeps: for each micro-batch ahead one more tensor of that size a mapped layer."
+        )
     prune = config.student.prune
     if config.student.model is None and prune.target_params is not None:
         notes.append(

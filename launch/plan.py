@@ -20,6 +20,7 @@ import yaml
 from distill.checks import check_config
 from distill.config import Config, ConfigError, MeshShape
 from distill.convert import flatten
+from distill.rounds import rounds_of
 from launch.command import run_alone
 from launch.config import compose_config, config_text, parse_command_line, parse_options
 from launch.forecast import WAYS, Forecast, Job, Layout, forecast
@@ -56,6 +57,8 @@ def plan(arguments: Sequence[str]) -> None:
     if line.shows == "config":
         print(config_text(config) + (yaml.safe_dump(values, sort_keys=False) if values else ""), end="")
         return
+    # No round at all is refused below.
+    config, *later = rounds_of(config) or (config,)
     missing = options.missing_costs(needs_teacher=config.needs_teacher)
     if missing and config.teacher.model is None:
         raise ConfigError(
@@ -70,6 +73,8 @@ def plan(arguments: Sequence[str]) -> None:
         left_out |= more_left_out
     else:
         jobs, notes = given_jobs(config, cases, options)
+    if later:
+        notes.append("The plan is the first round's; a run makes another for each.")
     found = sorted(((job, _forecast(job)) for job in jobs), key=lambda each: _order(each[1]))
     _show(found, [*notes, *_left_out_lines(left_out)], drawn=options.devices is None)
     _write(found, options)

@@ -96,6 +96,15 @@ def test_where_nothing_can_be_filled(arguments: list[str], part: str, tmp_path: 
     assert found["step_s"]["fill"] == found["step_s"]["inline"]
 
 
+def test_of_several_rounds_it_is_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = "rounds=[{train: {global_batch_size: 8}}, {}]"
+    found = run(tmp_path, *COSTS, "mesh.pp=4", rounds)
+    assert "The plan is the first round's; a run makes another for each." in capsys.readouterr().out
+    alone = run(tmp_path, *COSTS, "mesh.pp=4", "train.global_batch_size=8")
+    assert found == alone and "first round" not in capsys.readouterr().out
+    assert found != run(tmp_path, *COSTS, "mesh.pp=4")
+
+
 def test_help_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     plan(["--help"])
     shown = capsys.readouterr().out
@@ -113,6 +122,7 @@ def test_help_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan.costs.forward=1"], "plan.costs.backward, plan.costs.teacher must be given, because teacher.model=null"),
         ([*COSTS, "mesh.pp=2", "plan.costs.forward=[1,2,3]"], "plan.costs.forward=[1.0,2.0,3.0] has 3 entries, but"),
         (["mesh.pp=2", *(f"{each.partition('=')[0]}=0" for each in COSTS)], "plan.costs: all are zero, so a step takes"),
+        ([*COSTS, "rounds=[]"], "rounds=[] must have an entry for each round"),
         ([*COSTS, "plan.speed=3"], "there is no key plan.speed"),
         ([*COSTS, "mesh.pps=3"], "there is no key mesh.pps; did you mean mesh.pp?"),
         ([*COSTS, "plan.devices=8", "train.global_batch_size=0"], "train.global_batch_size=0 must be greater than 0"),
