@@ -120,9 +120,12 @@ def read_resume(folder: Path) -> str | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that came to its end, or None."""
+    """Return the summary of a run that came to its end, or None; a file that a machine's end has cut short is none."""
     file = folder / SUMMARY_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:
+        return None
 
 
 def drop_summary(folder: Path) -> None:

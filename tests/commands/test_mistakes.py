@@ -155,6 +155,22 @@ def test_a_student_of_another_vocabulary(inputs: Inputs, run_dir: Path, tmp_path
     )
 
 
+def test_a_model_of_another_tokenizer_with_as_many_ids(inputs: Inputs, run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs.teacher, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    names, ids = zip(*known["model"]["vocab"].items(), strict=True)
+    known["model"]["vocab"] = dict(zip(names, [*ids[:-2], ids[-1], ids[-2]], strict=True))
+    file.write_text(json.dumps(known))
+    words = ["has another tokenizer than", f"id {ids[-2]} is", "use models of one tokenizer"]
+    for override, key in (
+        (f"student.model={tmp_path / 'other'}", "student.model"),
+        (f"rounds=[{{}}, {{teacher: {{model: {tmp_path / 'other'}}}}}]", "rounds[1]: teacher.model"),
+    ):
+        done = call(distill.COMMAND, inputs.settings(run_dir, override))
+        assert_one_line(done, f"{key}={tmp_path / 'other'}", *words)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "part"),
     [

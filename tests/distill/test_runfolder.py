@@ -167,3 +167,5 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
 
 def test_summary_of_a_run_that_did_not_end(tmp_path: Path) -> None:
     assert read_summary(tmp_path) is None
+    (tmp_path / "summary.json").write_text("")
+    assert read_summary(tmp_path) is None
