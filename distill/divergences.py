@@ -11,7 +11,8 @@ p the teacher, q the student, nats. Decides how each is computed in the pieces o
 the vocabulary gives a few numbers a token. Sums are of terms that are never negative and are formed from log(q / p), a
 difference of logits: equal models give exactly 0, a small divergence keeps its digits, and probabilities that underflow
 on both sides meet no inf - inf. Only the value of forward_kl, which takes one pass, is a difference of two sums and keeps
-1e-7 nats or so a token, which T^2 multiplies in the loss; its gradient keeps its digits. Does not know how logits come about, nor chunks (`distill.vocab_chunks`).
+1e-7 nats or so a token, which T^2 multiplies in the loss; its gradient keeps its digits. Does not know how logits come
+about, nor chunks (`distill.vocab_chunks`).
 
 Letters: C tokens of a chunk, B tokens of a block, V vocabulary, R ranks of tp, k of top-k, N any number of ids.
 "Tempered" logits are z / T; p and q are their softmax.
