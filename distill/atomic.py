@@ -6,6 +6,7 @@ writers of one place write the same thing, so that whoever is first wins. Does n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -35,7 +36,8 @@ def build_once(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_whole(folder: Path) -> None:
-    """Remove a folder that is there."""
+    """Remove a folder, which another process may be removing too."""
     workspace = Path(tempfile.mkdtemp(prefix=".removing-", dir=folder.parent))
-    os.replace(folder, workspace / folder.name)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, workspace / folder.name)
     shutil.rmtree(workspace, ignore_errors=True)

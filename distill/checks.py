@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from distill.config import Config, ConfigError, Loss
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
 from distill.optimizer_checks import check_optimizer
+from distill.places import check_writable
 from distill.rounds import rounds_of
 from distill.student_checks import check_student
 from distill.student_config import Prune
@@ -304,28 +304,6 @@ def _check_paths(config: Config, needs: Iterable[str]) -> None:
     for key, name in sorted(named):
         if _is_local(name) and not Path(name).expanduser().exists():
             raise ConfigError(f"{key}={name} does not exist; use {advice[key]}")
-
-
-def check_writable(key: str, folder: str | Path) -> None:
-    """Check that a folder is there, or can be made, and may be written.
-
-    Raises:
-        ConfigError: it cannot, as far as can be seen without trying.
-    """
-    place = Path(folder).absolute()
-    try:
-        there = next(parent for parent in (place, *place.parents) if parent.exists())
-    except OSError as error:
-        raise ConfigError(
-            f"{key}={folder} cannot be reached ({error.strerror}); use another folder"
-        ) from error
-    if not there.is_dir():
-        what = "is" if there == place else f"cannot be made: {there} is"
-        raise ConfigError(f"{key}={folder} {what} a file; use a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{key}={folder} cannot be written: {there} is not yours to write; use another folder"
-        )
 
 
 def _is_local(name: str) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
+
+from distill.atomic import remove_whole
 
 _SUMS = "sums.json"
 
@@ -32,11 +33,7 @@ def drop_if_damaged(folder: Path, then: str) -> None:
     fault = _fault(folder)
     if fault is not None:
         print(f"{folder} is broken ({fault}); {then}", flush=True)
-        # Renamed first, so that another process never sees half of it.
-        dropped = folder.with_name(f".dropped-{folder.name}")
-        shutil.rmtree(dropped, ignore_errors=True)
-        folder.rename(dropped)
-        shutil.rmtree(dropped, ignore_errors=True)
+        remove_whole(folder)
 
 
 def _fault(folder: Path) -> str | None:

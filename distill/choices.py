@@ -107,7 +107,8 @@ def read_questions(file: Path) -> list[Question]:
         ConfigError: the file cannot be read, holds no question, or a line (which it names) is none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Other ends of lines may stand inside a text.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{_KEY}={file} cannot be read ({error}); use a JSONL file") from error
     places = [(f"{_KEY}={file}, line {number}", line) for number, line in enumerate(lines, start=1)]
@@ -120,7 +121,7 @@ def read_questions(file: Path) -> list[Question]:
 def _question(line: str, place: str) -> Question:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON ({error}); {_WANTS}") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{place} is not a JSON object; {_WANTS}")
@@ -134,6 +135,12 @@ def _question(line: str, place: str) -> Question:
         raise ConfigError(
             f"{place}: its answer={answer!r} is not an index from 0 to {len(choices) - 1}; {_WANTS}"
         )
+    try:
+        "".join([text, *choices]).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{place} holds half a character ({error.reason}); mend or leave out the line"
+        ) from error
     return Question(text, tuple(choices), answer, place)
 
 

@@ -53,6 +53,7 @@ def convert_gguf(gguf: Path, target: Path, *, key: str = "teacher.model") -> Non
         if file.read(4) != b"GGUF":
             raise ConfigError(f"{key}={gguf} does not begin with the letters GGUF; it is not a GGUF file")
     try:
+        _check_rope(gguf, key)
         tokenizer = _tokenizer(gguf, key)
         model = _model(gguf)
     except ConfigError:
@@ -89,6 +90,24 @@ def _model(gguf: Path) -> PreTrainedModel:
     if absent or result.unexpected_keys:
         raise ValueError(f"missing tensors: {absent[:3]}, unexpected tensors: {result.unexpected_keys[:3]}")
     return model
+
+
+def _check_rope(gguf: Path, key: str) -> None:
+    """Refuse rotary positions that are scaled: transformers reads them from GGUF as if they were not."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    metadata, tensors = read_gguf_metadata(str(gguf))
+    scaled = [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    for name, value in metadata.items():
+        if name.endswith(".rope.scaling.type") and value != "none":
+            scaled.append(f"{name}={value}")
+        if name.endswith((".rope.scaling.factor", ".rope.scale_linear")) and value != 1:
+            scaled.append(f"{name}={value:g}")
+    if scaled:
+        raise ConfigError(
+            f"{key}={gguf}: its rotary positions are scaled ({scaled[0]}), which is lost in the conversion; give the model's "
+            "Hugging Face folder or hub id instead"
+        )
 
 
 def _saved_dtype(gguf: Path) -> Any:

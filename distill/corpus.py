@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "held_out"]
 PYDOC = "pydoc"
+_NEAR = 0.5
+"""How far before the place asked for a text may be cut, in parts of what is held out."""
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _WANTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or the word pydoc"
 
@@ -119,9 +121,14 @@ def _choose(sizes: dict[bytes, int], fraction: float, seed: int) -> set[bytes]:
 
 
 def _cut_in_two(text: str, fraction: float) -> tuple[str, str]:
-    cut = int(len(text) * (1 - fraction))
-    blank_line = text.rfind("\n\n", 0, cut)
-    cut = blank_line + 2 if blank_line > 0 else max(cut, 1)
+    """Cut a text at a blank line near the place asked for, else at a line's end there, else just there."""
+    cut = max(1, int(len(text) * (1 - fraction)))
+    # Further away would hold out another share of the text than was asked for.
+    nearest = cut - int(_NEAR * fraction * len(text))
+    for end in ("\n\n", "\n"):
+        place = text.rfind(end, max(0, nearest), cut)
+        if place > 0:
+            return text[: place + len(end)], text[place + len(end) :]
     return text[:cut], text[cut:]
 
 
@@ -154,14 +161,23 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
     ]
     if plain:
         texts = [str(file) for file in plain]
-        sets.insert(0, _generated(text_documents, cache_dir, files=texts, stamp=_stamp(plain)))
+        # Written one by one: each may be as long as a book shelf.
+        whole = {"files": texts, "stamp": _stamp(plain)}
+        sets.insert(0, _generated(text_documents, cache_dir, writer_batch_size=1, **whole))
     return sets
 
 
-def _generated(documents: Callable[..., Iterator[dict[str, str]]], cache_dir: Path, **source: Any) -> Dataset:
+def _generated(
+    documents: Callable[..., Iterator[dict[str, str]]],
+    cache_dir: Path,
+    *,
+    writer_batch_size: int | None = None,
+    **source: Any,
+) -> Dataset:
     """Return what a generator yields, from the cache if the files have not changed.
 
     Args:
+        writer_batch_size: documents that are held in memory until they are written; None is the library's choice.
         source: arguments of the generator; `stamp`, which is not among them, tells the files' content from another.
     """
     from datasets import Dataset, Features, Value
@@ -173,6 +189,7 @@ def _generated(documents: Callable[..., Iterator[dict[str, str]]], cache_dir: Pa
             features=Features({"text": Value("string")}),
             cache_dir=str(cache_dir),
             gen_kwargs={"documents": documents, **source},
+            writer_batch_size=writer_batch_size,
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError | OSError):

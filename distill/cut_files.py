@@ -9,7 +9,6 @@ reads for one of its entries. Knows nothing of what is cut.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from distill.config import ConfigError
 from distill.weight_files import check_weight_files
+from parallel.weights import ROTARY_BUFFER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def stored_parameters(folder: Path, model: PreTrainedModel, *, key: str) -> dict
     found: dict[str, Stored] = {}
     for path in _shards(folder):
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not _ROTARY_BUFFER.search(name)]  # noqa: SIM118
+            names = [name for name in file.keys() if not ROTARY_BUFFER.search(name)]  # noqa: SIM118
             for name in names:
                 header = file.get_slice(name)
                 if header.get_dtype() not in DTYPES:

@@ -1,7 +1,7 @@
 """Whether a run makes progress, and its latest numbers, over HTTP: `/healthz` for probes, `/metrics` for Prometheus.
 
-Decides: healthy is a run that has given a sign of progress (a step, or the begin of a phase such as loading or judging) within
-`log.health_limit_s`. Rank 0 serves, because all ranks end with it; the training loop only puts down a dictionary and a time,
+Decides: healthy is a run that has given a sign of progress within `log.health_limit_s`: a step, the begin of a phase such as
+loading or judging, a mark of `parallel.activity`, or, in work that makes no marks (a download, tokenising), processor time. Rank 0 serves, because all ranks end with it; the training loop only puts down a dictionary and a time,
 and texts are made when somebody asks, on threads of the server. Numbers of `metrics.jsonl` become gauges named by rule,
 so that a new one needs nothing here. Off unless `log.health_port` is set; the address is this machine's own unless
 `log.health_host` says otherwise, because nothing asks who wants to know. Standard library only.
@@ -9,6 +9,7 @@ so that a new one needs nothing here. Off unless `log.health_port` is set; the a
 
 from __future__ import annotations
 
+import math
 import socket
 import socketserver
 import threading
@@ -19,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from distill.config import Config, ConfigError
+from parallel.activity import Activity
 
 _COUNTED = {"step": "steps", "tokens": "tokens", "optim/skipped_steps": "skipped_steps"}
 """Numbers of a line that count up over the run, by the name that they get here."""
@@ -28,6 +30,10 @@ _TEXT = "text/plain; charset=utf-8"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _ANSWER_S = 5.0
 """How long a client may take."""
+_LOOK_S = 1.0
+"""Processor time is compared over this long at least."""
+_WORKS = 0.1
+"""Share of a processor that work takes at least; the threads of idle process groups take a quarter of it."""
 
 
 class Health:
@@ -37,13 +43,26 @@ class Health:
         run: its name, the label of all numbers.
         limit_s: longest time without a sign of progress.
         checkpoints: the run's folder of checkpoints.
-        clock: seconds, never going back.
+        activity: what the process is doing.
+        clock: seconds, never going back; those of `activity`.
+        used: seconds of processor time so far.
     """
 
     def __init__(
-        self, run: str, *, limit_s: float, checkpoints: Path, clock: Callable[[], float] = time.monotonic
+        self,
+        run: str,
+        *,
+        limit_s: float,
+        checkpoints: Path,
+        activity: Activity | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        used: Callable[[], float] = time.process_time,
     ) -> None:
         self._run, self._limit_s, self._checkpoints, self._clock = run, limit_s, checkpoints, clock
+        self._activity, self._used = activity, used
+        self._computed_s = -math.inf
+        self._looked = (clock(), used())
+        self._looking = threading.Lock()
         # One tuple, replaced whole: a reader on another thread sees the old or the new one.
         self._sign = (clock(), "starting")
         self._line: Mapping[str, float | None] = {}
@@ -69,12 +88,26 @@ class Health:
     def verdict(self) -> tuple[bool, str]:
         """Return whether the run is healthy, and a sentence that says why."""
         since_s, what = self._sign
+        since_s = max(since_s, self._worked_s())
         age_s = self._clock() - since_s
         if age_s < self._limit_s:
             return True, f"ok: {what}, {age_s:.0f} s ago"
         return False, (
             f"no progress for {age_s:.0f} s, log.health_limit_s={self._limit_s:g}; the last sign was: {what}"
         )
+
+    def _worked_s(self) -> float:
+        """Return when the process was last seen to get on with something between two signs."""
+        if self._activity is None:
+            return -math.inf
+        with self._looking:
+            (before_s, used_s), now_s = self._looked, self._clock()
+            if now_s - before_s >= _LOOK_S:
+                self._looked = now_s, self._used()
+                works = self._looked[1] - used_s > _WORKS * (now_s - before_s)
+                if works and self._activity.computes:
+                    self._computed_s = now_s
+        return max(self._activity.last_mark_s, self._computed_s)
 
     def metrics_text(self) -> str:
         """Return all numbers in Prometheus' text format 0.0.4."""
@@ -92,7 +125,7 @@ class Health:
             yield f"reflux_{short}_total", "counter", f"{name} of the run so far.", line.get(name) or 0
         yield "reflux_checkpoints_total", "counter", "Checkpoints begun by this process.", self._num_saves
         yield "reflux_healthy", "gauge", "1 while /healthz answers 200.", self.verdict()[0]
-        age_s = self._clock() - self._sign[0]
+        age_s = self._clock() - max(self._sign[0], self._worked_s())
         yield "reflux_progress_age_seconds", "gauge", "Seconds since the last sign of progress.", age_s
         checkpoint_s = self._checkpoint_age_s()
         if checkpoint_s is not None:
@@ -126,17 +159,23 @@ def _escaped(value: str) -> str:
 
 
 @contextmanager
-def watched(config: Config, *, serves: bool) -> Iterator[Health]:
+def watched(config: Config, activity: Activity, *, serves: bool) -> Iterator[Health]:
     """Give the state that a run puts its signs into, served while the block runs if the settings ask for it.
 
     Args:
         config: checked settings.
+        activity: what this process is doing.
         serves: whether this rank is the one that may serve.
     Raises:
         ConfigError: the address or the port cannot be had.
     """
     folder = Path(config.run.dir or ".")
-    health = Health(folder.name, limit_s=config.log.health_limit_s, checkpoints=folder / "checkpoints")
+    health = Health(
+        folder.name,
+        limit_s=config.log.health_limit_s,
+        checkpoints=folder / "checkpoints",
+        activity=activity,
+    )
     if not serves or config.log.health_port is None:
         yield health
         return

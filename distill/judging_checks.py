@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill.config import ConfigError, Evaluate
 from distill.convert import show
+from distill.places import writable_file
 
 INSTALL_LM_EVAL = "pip install 'lm_eval[hf]==0.4.13'"
 
@@ -27,9 +28,7 @@ def check_judging(evaluate: Evaluate) -> None:
         )
     _check_choices(evaluate.choices)
     _check_lm_eval(evaluate.lm_eval)
-    out = evaluate.out
-    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
-        raise ConfigError(f"evaluate.out={out} cannot be written; use a file in a folder that is there")
+    writable_file("evaluate.out", evaluate.out)
 
 
 def _check_choices(files: Sequence[str]) -> None:

@@ -151,9 +151,11 @@ class RunLog:
         line = {"step": step, "round": round, "model": model, "parameters": parameters}
         line |= {name: finite_or_none(value) for name, value in values.items()}
         # A run that was killed between a judgement and the next checkpoint judges the same once more.
-        others = (old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT))
+        others = [old for old in self.evaluations if any(old[key] != line[key] for key in _JUDGEMENT)]
+        # Before a later round begins, what the one before came to has the same step, and wandb keeps one of a name.
+        cut_anew = round > 0 and not any((old["round"], old["model"]) == (round, model) for old in others)
         self.evaluations = [*others, line]
-        named = {f"{model}/{name}": line[name] for name in values}
+        named = {f"{model}/{'cut/' if cut_anew else ''}{name}": line[name] for name in values}
         self._beside.give(partial(self._write_evaluations, self.evaluations, named, step))
         # By the teacher's entropy they are for the files.
         shown = "  ".join(

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.atomic import build_once
+from distill.atomic import build_once, remove_whole
 from distill.config import ConfigError
 from distill.config_file import read_model_config
 from distill.convert_gguf import convert_gguf
@@ -233,7 +232,7 @@ def _converted(gguf: Path, cache_dir: Path, key: str) -> Path:
             _checked(target, False, key)
         except ConfigError as error:
             print(f"{target} is broken ({error}); {gguf} is converted again", flush=True)
-            shutil.rmtree(target, ignore_errors=True)
+            remove_whole(target)
     if not target.is_dir():
         build_once(target, lambda temporary: convert_gguf(gguf, temporary, key=key))
     return target

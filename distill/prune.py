@@ -299,13 +299,16 @@ def write_modeling_code(folder: Path, model: PreTrainedModel) -> None:
     """Write the code that builds a model whose layers differ in width; nothing for one that transformers builds itself."""
     if not model.config.is_heterogeneous:
         return
-    base = type(model).__name__
+    (folder / MODELING_FILE).write_text(modeling_code(type(model).__name__), encoding="utf-8")
+
+
+def modeling_code(base: str) -> str:
+    """Return the code of a model whose layers differ in width; `base` is the family's class in transformers."""
     code = inspect.getsource(layerwise_module)
     code += (
         f"\n\nfrom transformers import {base}  # noqa: E402\n\n\nclass {MODELING_CLASS}(layerwise({base})):\n"
     )
-    code += f'    """{base} whose layers follow `config.per_layer_config`."""\n'
-    (folder / MODELING_FILE).write_text(code, encoding="utf-8")
+    return code + f'    """{base} whose layers follow `config.per_layer_config`."""\n'
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The rows of a run: to train on, to calibrate with, and to judge by.
 
-Decides that rank 0 tokenises while the others wait, and that all sources of a mixture share what is held out.
+Decides that rank 0 reads and tokenises while the others wait, who then open its rows, and that all sources of a mixture share
+what is held out.
 """
 
 from __future__ import annotations
@@ -72,9 +73,18 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
         wanted.append(("train", None))
     else:
         wanted += [("train", source) for source, weight in enumerate(data.weights) if weight]
-    first_rank_does(mesh, lambda: [len(rows(*each, show_progress=True)) for each in wanted])
-    held_out, *sources = (rows(*each, show_progress=False) for each in wanted)
+    made = first_rank_does(mesh, lambda: [_place(rows(*each, show_progress=True)) for each in wanted])
+    # Opened where they are; a machine with a cache of its own makes its own.
+    held_out, *sources = (
+        Rows(folder, pad_token_id=pad) if folder.is_dir() else rows(*each, show_progress=False)
+        for each, (folder, pad) in zip(wanted, made, strict=True)
+    )
     if data.weights is None:
         return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
     stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
     return Corpus(stream, held_out, Beginning(stream, stream.num_rows))
+
+
+def _place(rows: Rows) -> tuple[Path, int]:
+    """Return what another rank opens rows by."""
+    return rows.folder, rows.pad_token_id

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from distill.checks import check_writable
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, flatten, show
+from distill.places import check_writable
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -54,7 +54,7 @@ def run(config: Config, mesh: Mesh, stop: Stop) -> dict[str, Any]:
     Raises:
         ConfigError: a mistake that only the models, the corpus or the checkpoint show.
     """
-    with watched(config, serves=mesh.world.is_first) as health:
+    with watched(config, mesh.activity, serves=mesh.world.is_first) as health:
         return _run(config, mesh, stop, health)
 
 

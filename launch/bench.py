@@ -10,12 +10,12 @@ import json
 import pkgutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import launch.benchmarks
 from distill.config import ConfigError
 from distill.convert import either
+from distill.places import writable_file
 from launch.command import run_alone
 from launch.config import parse_options
 from launch.report import table
@@ -43,11 +43,11 @@ def bench(arguments: Sequence[str]) -> None:
         print(module.__doc__)
         return
     options = parse_options(rest)
-    out = options.pop(OUT_KEY, None)
+    out = writable_file(OUT_KEY, options.pop(OUT_KEY, None))
     rows: list[dict[str, Any]] = module.run(options)
     print(table([{name: row.get(name) for name in COLUMNS} for row in rows]), flush=True)
     if out is not None:
-        Path(out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def benchmark_names() -> list[str]:

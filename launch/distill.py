@@ -45,7 +45,13 @@ def _with_lm_eval(config: Config, mesh: Mesh, summary: dict[str, Any]) -> dict[s
     missing = [task for task in config.evaluate.lm_eval if task not in known]
     if not missing:
         return summary
-    found = judge_folder(Path(summary["student"]), missing, dtype=config.train.dtype, device=mesh.device.type)
+    found = judge_folder(
+        Path(summary["student"]),
+        missing,
+        dtype=config.train.dtype,
+        device=mesh.device.type,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
     table = summary["table"]
     for figures in found.values():
         table = with_figures(table, len(table) - 1, figures)

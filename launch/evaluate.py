@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config import Config
 from distill.runfolder import write_whole
+from distill.step_metrics import finite_or_none
 from distill.stop import Stop
 from launch.command import Command, run_command
 from launch.lm_eval import judge_folder, with_figures
@@ -35,7 +36,14 @@ def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
         # What has been found is not lost when lm_eval fails.
         print(judged_table(rows), flush=True)
         if config.evaluate.out is not None:
-            text = json.dumps({"table": rows, "versions": versions()}, indent=2) + "\n"
+            shown = [
+                {
+                    name: value if isinstance(value, str) else finite_or_none(value)
+                    for name, value in row.items()
+                }
+                for row in rows
+            ]
+            text = json.dumps({"table": shown, "versions": versions()}, indent=2) + "\n"
             write_whole(Path(config.evaluate.out), text)
 
 
@@ -49,7 +57,13 @@ def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[
     folder = resolve_model(
         name, cache_dir=Path(config.data.cache_dir), trust_remote_code=config.teacher.trust_remote_code
     )
-    found = judge_folder(folder, config.evaluate.lm_eval, dtype=config.train.dtype, device=mesh.device.type)
+    found = judge_folder(
+        folder,
+        config.evaluate.lm_eval,
+        dtype=config.train.dtype,
+        device=mesh.device.type,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
     for figures in found.values():
         rows = with_figures(rows, len(rows) - 1, figures)
     return rows

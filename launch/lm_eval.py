@@ -22,7 +22,9 @@ from launch.environment import environment_alone
 Figures = dict[str, float]
 
 
-def judge_folder(model: Path, tasks: Sequence[str], *, dtype: str, device: str) -> dict[str, Figures]:
+def judge_folder(
+    model: Path, tasks: Sequence[str], *, dtype: str, device: str, trust_remote_code: bool = False
+) -> dict[str, Figures]:
     """Return what lm_eval finds for a model, by entry of `evaluate.lm_eval`.
 
     Args:
@@ -30,15 +32,25 @@ def judge_folder(model: Path, tasks: Sequence[str], *, dtype: str, device: str) 
         tasks: names, .yaml files or folders of them, checked by `distill.judging_checks`.
         dtype: in which lm_eval loads the model.
         device: `cpu` or `cuda`.
+        trust_remote_code: run the code in the folder also where it is not what our export writes.
     Returns:
         For each entry its figures, `lm_eval/TASK/METRIC`.
     Raises:
-        ConfigError: lm_eval does not know the task, or fails.
+        ConfigError: lm_eval does not know the task, or fails; the model needs code that nobody trusts.
     """
+    # Imported late: it needs torch.
+    from distill.deploy.own_code import has_own_code
+
+    trusts = trust_remote_code or has_own_code(model)
+    if not trusts and any(model.glob("modeling_*.py")):
+        raise ConfigError(
+            f"evaluate.lm_eval: {model} comes with Python code that is not what this version writes, and without it it would be "
+            "another model; teacher.trust_remote_code=true runs it"
+        )
     found = {}
     for task in tasks:
         print(f"lm_eval judges {model} by {task} ...", flush=True)
-        found[task] = _judge(model, task, dtype=dtype, device=device)
+        found[task] = _judge(model, task, dtype=dtype, device=device, trusts=trusts)
     return found
 
 
@@ -48,13 +60,17 @@ def with_figures(rows: Sequence[Mapping[str, Any]], judged: int, figures: Figure
     return [{**row, **(figures if index == judged else blank)} for index, row in enumerate(rows)]
 
 
-def _judge(model: Path, task: str, *, dtype: str, device: str) -> Figures:
+def _judge(model: Path, task: str, *, dtype: str, device: str, trusts: bool) -> Figures:
     place = Path(task).expanduser()
     is_local = place.is_file() or place.is_dir()
     with tempfile.TemporaryDirectory(prefix="reflux-lm-eval-") as workspace:
         settings = {
             "model": "hf",
-            "model_args": {"pretrained": str(model.resolve()), "dtype": dtype},
+            "model_args": {
+                "pretrained": str(model.resolve()),
+                "dtype": dtype,
+                **({"trust_remote_code": True} if trusts else {}),
+            },
             "tasks": [str(place.resolve()) if is_local else task],
             "device": device,
             "output_path": str(Path(workspace) / "results.json"),

@@ -6,7 +6,6 @@ Decides names, meanings and types of `plan.*`, and how one number stands for sta
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from distill.config import Config, ConfigError, MeshShape
 from distill.convert import show, unknown_key
+from distill.places import writable_file
 from parallel.pipeline.simulate import Costs
 
 KEYS = {
@@ -88,8 +88,8 @@ def read_options(values: Mapping[str, Any]) -> Options:
         costs=costs,
         slices=_count("plan.slices", given.get("plan.slices")),
         devices=devices,
-        out=_file("plan.out", given.get("plan.out")),
-        svg=_file("plan.svg", given.get("plan.svg")),
+        out=writable_file("plan.out", given.get("plan.out")),
+        svg=writable_file("plan.svg", given.get("plan.svg")),
     )
 
 
@@ -159,19 +159,3 @@ def _count(key: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"{key}={show(value)} must be a whole number of 1 or more")
     return value
-
-
-def _file(key: str, value: Any) -> Path | None:
-    """Return the path of a file that, as far as can be seen now, can be written later."""
-    if value is None:
-        return None
-    path = Path(str(value)).expanduser()
-    if path.is_dir():
-        raise ConfigError(f"{key}={value} is a folder; use a file")
-    if not path.parent.is_dir():
-        raise ConfigError(
-            f"{key}={value} cannot be written: {path.parent} is no folder; use one that is there"
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{key}={value} cannot be written: it is not yours to write; use another file")
-    return path

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.checks import check_writable
 from distill.config import Config, ConfigError
+from distill.places import check_writable
 from distill.rounds import FACTORED_FOLDER
 from distill.stop import Stop
 from launch.command import Command, run_command

@@ -8,6 +8,7 @@ export gathers one tensor at a time. A key left over on either side is an error.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from parallel.layers import ShardSpec
 from parallel.mesh import Axis, Mesh
 from parallel.model import StageModel, is_tied
 
+ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""A buffer that older checkpoints hold among the weights; transformers passes it over as well."""
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -170,7 +173,8 @@ def load_weights(stage: StageModel, folder: Path) -> None:
     """
     with WeightFiles(folder) as files:
         known = set(stage.full_names)
-        leftover = sorted(files.files.keys() - known)
+        # Older checkpoints hold what is computed from the config.
+        leftover = sorted(name for name in files.files.keys() - known if not ROTARY_BUFFER.search(name))
         if leftover:
             raise WeightsError(
                 f"{folder} holds tensors that the model does not have: {', '.join(leftover[:8])}"

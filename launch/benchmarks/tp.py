@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from launch.benchmarks._options import read_options
 from parallel.gradients import WeightGradients
 from parallel.mesh import Mesh
 from parallel.plan import parallelize
@@ -113,13 +115,20 @@ def _measure(rank: int, world_size: int, store: str, steps: int, results: Any) -
     dist.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class _Options:
+    tp: int = 2
+    steps: int = 30
+
+
 def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one row for each hidden size: seconds of forward + backward of ours and of DTensor.
 
     Args:
         options: `tp` (2) ranks, `steps` (30) repetitions.
     """
-    world_size, steps = int(options.get("tp", 2)), int(options.get("steps", 30))
+    chosen = read_options(_Options, options, least={"tp": 1, "steps": 3})
+    world_size, steps = chosen.tp, chosen.steps
     bounds = {64: 0.5, 128: 0.5, 512: 1.0}
     with multiprocessing.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.list()

@@ -216,6 +216,26 @@ def test_a_bad_line_is_named(line: Any, words: str, tmp_path: Path) -> None:
     assert words in str(caught.value) and 'a line is {"question"' in str(caught.value)
 
 
+def test_ends_of_lines_inside_a_text_are_text(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three"
+    record = json.dumps({"question": text, "choices": ["a", "b"], "answer": 0}, ensure_ascii=False)
+    file = tmp_path / "questions.jsonl"
+    file.write_text(f"{record}\r\n\n{record}\n", encoding="utf-8")
+    assert [question.text for question in read_questions(file)] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("[" * 100_000, "is not JSON"), (f'{{"answer": {"9" * 5000}}}', "is not JSON")]
+    + [('{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}', "holds half a character")],
+)
+def test_a_line_that_no_reader_takes_is_named(line: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f"\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"line 2 {words}"):
+        read_questions(file)
+
+
 def test_files_that_are_of_no_use(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no question"):
         read_questions(write(tmp_path / "empty.jsonl", []))

@@ -93,6 +93,15 @@ def test_unknown_splitting_is_refused(tmp_path: Path) -> None:
         _convert(tmp_path, tiny_llama(), pre="brand-new")
 
 
+@pytest.mark.parametrize(
+    ("scaling", "words"), [("linear", "llama.rope.scaling."), ("freqs", "rope_freqs.weight")]
+)
+def test_scaled_rotary_positions_are_refused(scaling: str, words: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), scaling=scaling)
+    with pytest.raises(ConfigError, match=rf"rotary positions are scaled \({words}"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model")
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "whole.gguf", tiny_llama())
     content = (tmp_path / "whole.gguf").read_bytes()

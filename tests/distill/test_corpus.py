@@ -239,3 +239,8 @@ def test_few_documents_still_give_a_held_out_part() -> None:
     paragraphs = [f"Paragraph {i}.\n\n" for i in range(10)]
     assert _parts(["".join(paragraphs)], 0.15) == (["".join(paragraphs[:8])], ["".join(paragraphs[8:])])
     assert _parts(["x" * 100], 0.1) == (["x" * 90], ["x" * 10])
+    # A blank line far from the place asked for would hold out another share.
+    title, lines = "TITLE\n\n", "a line\n" * 100
+    train, held_out = _parts([title + lines], 0.1)
+    assert train[0] + held_out[0] == title + lines and train[0].endswith("\n")
+    assert 0.1 <= len(held_out[0]) / len(title + lines) < 0.12

@@ -13,6 +13,7 @@ import pytest
 
 from distill.config import Config, ConfigError, Log, Run
 from distill.health import Health, metric_name, watched
+from parallel.activity import Activity
 
 LINE = {
     "step": 7,
@@ -97,6 +98,21 @@ def test_healthy_is_a_run_with_a_sign_younger_than_the_limit(tmp_path: Path) -> 
     assert not health.verdict()[0], "a checkpoint alone is no progress"
 
 
+def test_what_happens_between_two_signs_counts(tmp_path: Path) -> None:
+    clock, activity, used = Clock(), Activity(), Clock()
+    activity.last_mark_s = clock()
+    health = Health("run", limit_s=60, checkpoints=tmp_path, activity=activity, clock=clock, used=used)
+    for computed_s, healthy in ((50, True), (0.5, False)):
+        clock.now_s, used.now_s = clock.now_s + 100, used.now_s + computed_s
+        assert health.verdict()[0] is healthy
+    activity.last_mark_s = clock() - 10
+    assert health.verdict() == (True, "ok: starting, 10 s ago")
+    with activity.waiting("a broadcast over dp", [1]):
+        activity.last_mark_s = clock() - 10
+        clock.now_s, used.now_s = clock.now_s + 100, used.now_s + 100
+        assert not health.verdict()[0], "a loop that waits for others may keep a processor busy"
+
+
 def test_numbers_are_those_of_the_last_line_under_proper_names(tmp_path: Path) -> None:
     clock = Clock()
     health = Health('a "b"\\', limit_s=60, checkpoints=tmp_path, clock=clock)
@@ -128,7 +144,7 @@ def test_numbers_are_those_of_the_last_line_under_proper_names(tmp_path: Path) -
 
 
 def test_served_over_http_until_the_run_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with watched(config(tmp_path, health_port=0, health_limit_s=0.2), serves=True) as health:
+    with watched(config(tmp_path, health_port=0, health_limit_s=0.2), Activity(), serves=True) as health:
         url = address(capsys)
         assert url.startswith("http://127.0.0.1:")
         health.step(LINE)
@@ -161,9 +177,9 @@ def test_signs_cost_a_step_nothing(tmp_path: Path) -> None:
 def test_only_the_rank_that_serves_opens_a_port_and_only_if_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with watched(config(tmp_path), serves=True) as health:
+    with watched(config(tmp_path), Activity(), serves=True) as health:
         health.step(LINE)
-    with watched(config(tmp_path, health_port=0), serves=False) as health:
+    with watched(config(tmp_path, health_port=0), Activity(), serves=False) as health:
         health.step(LINE)
     assert capsys.readouterr().out == ""
 
@@ -175,12 +191,12 @@ def test_an_address_that_cannot_be_had_is_a_mistake(tmp_path: Path) -> None:
             pytest.raises(
                 ConfigError, match=rf"^log.health_port={port} cannot .*in use.*; use another one, 0 "
             ),
-            watched(config(tmp_path, health_port=port), serves=True),
+            watched(config(tmp_path, health_port=port), Activity(), serves=True),
         ):
             pass
     for host in ("no.such.host.invalid", "a" * 100):
         with (
             pytest.raises(ConfigError, match=rf"^log.health_host={host} is no address .*use 127.0.0.1"),
-            watched(config(tmp_path, health_port=0, health_host=host), serves=True),
+            watched(config(tmp_path, health_port=0, health_host=host), Activity(), serves=True),
         ):
             pass

@@ -27,8 +27,8 @@ def folder(tmp_path: Path) -> Path:
         ({"choices": ("FOLDER/q.jsonl", "FOLDER/q.txt")}, "evaluate.choices=FOLDER/q.txt would have the same name in the results as FOLDER/q.jsonl"),
         ({"lm_eval": ("FOLDER/no.yaml",)}, "evaluate.lm_eval=FOLDER/no.yaml does not exist or holds no task; use a .yaml file"),
         ({"lm_eval": ("FOLDER/bare",)}, "evaluate.lm_eval=FOLDER/bare does not exist or holds no task"),
-        ({"out": "FOLDER/none/out.json"}, "evaluate.out=FOLDER/none/out.json cannot be written; use a file in a folder"),
-        ({"out": "FOLDER/bare"}, "evaluate.out=FOLDER/bare cannot be written"),
+        ({"out": "FOLDER/none/out.json"}, "evaluate.out=FOLDER/none/out.json cannot be written: FOLDER/none is no folder; use one that is there"),
+        ({"out": "FOLDER/bare"}, "evaluate.out=FOLDER/bare is a folder; use a file"),
     ],
 )  # fmt: skip
 def test_mistakes(values: dict[str, Any], words: str, folder: Path) -> None:

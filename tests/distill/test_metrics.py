@@ -199,6 +199,21 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
+def test_what_a_round_came_to_is_not_covered_by_the_next_ones_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both belong to one step, and wandb keeps one value of a name and a step."""
+    given: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        RunLog, "_to_wandb", lambda self, values, *, step: given.extend((step, name) for name in values)
+    )
+    with RunLog(config_in(tmp_path), writes=True) as log:
+        for step, index in ((0, 0), (4, 0), (4, 1), (8, 1)):
+            log.evaluation(step=step, round=index, model="student", parameters=5, values={"eval/loss": 3.0})
+    plain, cut = "student/eval/loss", "student/cut/eval/loss"
+    assert given == [(0, plain), (4, plain), (4, cut), (8, plain)]
+
+
 def test_wandb_gets_the_same_names_and_the_pictures(tmp_path: Path) -> None:
     config = config_in(tmp_path / "run", wandb="offline")
     ids = set()

@@ -33,8 +33,14 @@ def tiny_llama(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str = "smollm", kind: str = "F32") -> None:
-    """Write `model` with the names and the row order of llama.cpp; matrices as `kind` (F32, F16 or Q8_0)."""
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, *, pre: str = "smollm", kind: str = "F32", scaling: str = ""
+) -> None:
+    """Write `model` with the names and the row order of llama.cpp; matrices as `kind` (F32, F16 or Q8_0).
+
+    Args:
+        scaling: of the rotary positions, `linear` or `freqs` (a tensor, as Llama 3.1 has it).
+    """
     config = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -61,6 +67,11 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *, pre: str = "smollm", kind
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
+    if scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+    if scaling == "freqs":
+        writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, dtype=np.float32))
     for name, tensor in _gguf_tensors(model).items():
         if kind == "Q8_0" and tensor.ndim == 2:
             writer.add_tensor(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
@@ -46,6 +47,10 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.bench(["fast"])
     with pytest.raises(ConfigError, match="the argument rows is not an override"):
         bench.bench(["fake", "rows"])
+    with pytest.raises(ConfigError, match="bench.out=/nowhere/rows.json cannot be written: /nowhere is no"):
+        bench.bench(["fake", "bench.out=/nowhere/rows.json"])
+    with pytest.raises(ConfigError, match="stepz is no option; use tp or steps"):
+        importlib.import_module("launch.benchmarks.tp").run({"stepz": 3})
 
 
 def test_benchmarks_are_found() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError
+from distill.prune import modeling_code
 from launch.lm_eval import judge_folder, with_figures
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,23 @@ def test_how_lm_eval_is_called_and_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert settings["tasks"] == [str(TASK)] and named["tasks"] == ["arc_easy"]
     assert settings["model_args"] == {"pretrained": str(tmp_path / "student"), "dtype": "float32"}
     assert local["env"]["KEPT"] == "yes" and not {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(local["env"])
+
+
+def test_code_of_a_model_is_run_if_it_is_ours_or_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stand_in(monkeypatch, results={"t": {"acc,none": 0.4}})
+    for folder, code in (("ours", modeling_code("LlamaForCausalLM")), ("theirs", "import os\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "modeling_layerwise.py").write_text(code)
+    judge = partial(judge_folder, tasks=["t"], dtype="float32", device="cpu")
+    judge(tmp_path / "ours")
+    with pytest.raises(
+        ConfigError, match=r"theirs comes with Python code that is not .*trust_remote_code=true"
+    ):
+        judge(tmp_path / "theirs")
+    judge(tmp_path / "theirs", trust_remote_code=True)
+    assert [settings["model_args"]["trust_remote_code"] for _, _, settings in calls] == [True, True]
 
 
 @pytest.mark.parametrize(("results", "code"), [(None, 0), ({"t": {}}, 1)])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.deploy.export import export_student
+from distill.deploy.own_code import has_own_code
 from distill.pretrained import load_config
 from parallel.collectives import all_gather, shard_sizes
 from parallel.mesh import Axis, Mesh
@@ -93,6 +94,7 @@ def test_a_factored_folder_needs_no_code_here(tmp_path: Path) -> None:
     assert written["auto_map"] == {
         "AutoModelForCausalLM": "modeling_reflux_low_rank.RefluxLowRankForCausalLM"
     }
+    assert has_own_code(target) and not has_own_code(source)
     read = load_config(target)
     again = build_stage(read, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64, trainable=False)
     load_weights(again, target)
@@ -102,6 +104,12 @@ def test_a_factored_folder_needs_no_code_here(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert not {"auto_map", "reflux_low_rank"} & written.keys()
     assert not list((tmp_path / "merged").glob("*.py"))
+    (target / "more.py").write_text("")
+    assert not has_own_code(target), "what is not ours is nobody's"
+    (target / "more.py").unlink()
+    with (target / "modeling_reflux_low_rank.py").open("a") as code:
+        code.write("print('changed')\n")
+    assert not has_own_code(target)
 
 
 def test_a_model_from_the_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
