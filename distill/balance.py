@@ -156,12 +156,18 @@ def _ranges(counts: Sequence[int]) -> tuple[range, ...]:
 def _num_slices(config: Config, work: Profile, split: Split) -> int:
     """Return the user's number of slices, or the one to fill with."""
     pipeline = config.pipeline
+    longest = max(len(layers) for layers in split.teacher)
     if pipeline.slices is not None:
+        if pipeline.slices > longest:
+            raise ConfigError(
+                f"pipeline.slices={pipeline.slices} is more than the {longest} layers of the teacher's longest stage; use at most "
+                f"{longest}"
+            )
         return pipeline.slices
     if pipeline.teacher != "fill" or config.mesh.pp == 1 or not config.needs_teacher:
         return 1
     student = make_step_plan(config, teacher=None, num_slices=1)
-    most = min(MOST_SLICES, max(len(layers) for layers in split.teacher))
+    most = min(MOST_SLICES, longest)
     return choose_slices(
         student, lambda number: stage_costs(work, replace(split, num_slices=number)), most=most
     )

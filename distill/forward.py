@@ -8,6 +8,7 @@ messages would be taken for these.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -16,13 +17,15 @@ from distill.data import MicroBatch
 from distill.step import messages
 from parallel.mesh import Mesh
 from parallel.model import StageModel
-from parallel.pipeline.actions import Action, Kind
+from parallel.pipeline.actions import Action, Kind, Plan
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.lower import add_communication
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.schedules import forward_only
 from parallel.pipeline.stage import ForwardStage
 
+_LIST = 8
+"""Micro-batches for each rank that are on their way at once; filling and draining takes an eighth as long."""
 Consume = Callable[[MicroBatch, dict[Kind, Tensor]], None]
 
 
@@ -95,17 +98,25 @@ def run_forward(
         if done[index].keys() == kinds:
             consume(batch, done.pop(index))
 
-    plan = forward_only(
-        num_ranks=size,
-        num_microbatches=len(microbatches),
-        student=bool(students),
-        teacher=teacher is not None,
-        num_slices=teacher.num_slices if teacher is not None else 1,
-        virtual_stages=len(students) or 1,
-    )
+    @cache
+    def plan_of(num_microbatches: int) -> Plan:
+        plan = forward_only(
+            num_ranks=size,
+            num_microbatches=num_microbatches,
+            student=bool(students),
+            teacher=teacher is not None,
+            num_slices=teacher.num_slices if teacher is not None else 1,
+            virtual_stages=len(students) or 1,
+        )
+        return add_communication(plan)
+
     # In order, because both models' hidden states are looked at when the second of them is there.
     executor = Executor(
         {Kind.F: forward, Kind.K: forward}, links, rank=rank, place=mesh.describe(), in_order=True
     )
-    executor.run(add_communication(plan), first_microbatch=0)
+    # In lists, at whose ends all that was sent has been taken: nothing comes back that would tell, and a rank would keep what it
+    # has sent, or run ahead of the next.
+    most = _LIST * size if size > 1 else len(microbatches)
+    for first in range(0, len(microbatches), max(1, most)):
+        executor.run(plan_of(min(most, len(microbatches) - first)), first_microbatch=first)
     executor.close()

@@ -22,7 +22,7 @@ from parallel.pipeline.actions import STEP_END, Kind, Plan, PlanError, Shape
 from parallel.pipeline.course import Course
 from parallel.pipeline.fill import fill_teacher
 from parallel.pipeline.schedules import make_plan
-from parallel.pipeline.simulate import Costs, Event, Timeline, steady_state
+from parallel.pipeline.simulate import OCCUPYING, Costs, Event, Timeline, steady_state
 
 DRIFT = 0.15
 """By how much a cost may leave the plan's, relative to the others."""
@@ -76,11 +76,16 @@ def costs_of(seconds: Mapping[tuple[Kind, int], float], shape: Shape, *, latency
 
 
 def medians(events: Sequence[Event]) -> Seconds:
-    """Return the median seconds of each kind of action on each stage."""
-    durations: defaultdict[tuple[Kind, int], list[float]] = defaultdict(list)
+    """Return the median seconds of each kind of action on each stage; of slices, which may differ, the mean of theirs."""
+    durations: defaultdict[tuple[Kind, int], defaultdict[int | None, list[float]]]
+    durations = defaultdict(lambda: defaultdict(list))
     for event in events:
-        durations[event.action.kind, event.action.stage].append(event.end_s - event.start_s)
-    return {key: statistics.median(each) for key, each in durations.items()}
+        kind, stage, piece = event.action.kind, event.action.stage, event.action.slice
+        durations[kind, stage][piece].append(event.end_s - event.start_s)
+    return {
+        key: statistics.fmean(statistics.median(each) for each in pieces.values())
+        for key, pieces in durations.items()
+    }
 
 
 class Planner:
@@ -130,13 +135,15 @@ class Planner:
         if self.costs is None and self._num_seen == 1 < self._config.pipeline.measure_steps:
             # The first step warms up.
             return None
+        every = self._config.pipeline.replan_every
+        if self.costs is not None and not every:
+            return None
         self._seen += events
         if self.costs is None:
             if self._num_seen < self._config.pipeline.measure_steps:
                 return None
             return self._adopt(self._gather(step))
-        every = self._config.pipeline.replan_every
-        if not every or self._num_seen < every:
+        if self._num_seen < every:
             return None
         seconds = self._gather(step)
         return self._adopt(seconds) if _drifted(self._measured, seconds) and self._fills else None
@@ -180,8 +187,11 @@ class Planner:
 
 
 def _drifted(before: Mapping[tuple[Kind, int], float], now: Mapping[tuple[Kind, int], float]) -> bool:
-    """Whether a cost that matters has moved against the others; a factor on all of them changes no plan."""
-    keys = before.keys() & now.keys()
+    """Whether a cost that matters has moved against the others; a factor on all of them changes no plan.
+
+    Of waiting, which plans change, nothing is asked.
+    """
+    keys = {key for key in before.keys() & now.keys() if key[0] in OCCUPYING}
     total_before, total_now = (sum(seconds[key] for key in keys) for seconds in (before, now))
     if not total_before or not total_now:
         return False

@@ -235,7 +235,7 @@ def _advice_on_microbatches(job: Job, found: Forecast, student: Plan, costs: Cos
     sentence = (
         f"{layout.num_microbatches} micro-batches are too few for a step without bubbles: the teacher fits into the "
         f"student's idle time and costs nothing, and {found.bubble_fraction['fill']:.0%} stay idle. From {enough} on "
-        f"(train.global_batch_size={rows}) filling leaves none."
+        f"(train.global_batch_size={rows}) filling leaves none but what ranks wait for the busiest one."
     )
     return [sentence]
 

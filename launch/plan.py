@@ -157,8 +157,8 @@ def _forecast(job: Job) -> Forecast:
         return forecast(job)
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"plan.costs: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"plan.costs: {error}; use seconds of one order of magnitude") from error
 
 
 def _show(found: Sequence[tuple[Job, Forecast]], notes: Sequence[str], *, drawn: bool) -> None:

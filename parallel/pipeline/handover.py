@@ -63,13 +63,17 @@ class _Outgoing:
     """What is to be sent next; None before the first."""
     num_sent: int = 0
 
+    def start(self, tensor: Tensor) -> dist.Work:
+        """Start sending a contiguous tensor, which the caller keeps."""
+        return self.group.send([tensor], self.peer, 0)
+
     def send(self, name: int, microbatch: int, tensor: Tensor) -> None:
         """Start sending a contiguous tensor, and keep it until it has been received."""
         place = _Place(microbatch, self.names.index(name))
         assert place == (self.following or _Place(microbatch, 0)), f"{place}: {self.following} is next"
         self.following = place.following(len(self.names))
         self.num_sent += 1
-        self.under_way.append((self.group.send([tensor], self.peer, 0), tensor))
+        self.under_way.append((self.start(tensor), tensor))
         if tensor.is_cuda:
             while self.under_way and self.under_way[0][0].is_completed():
                 self._settle_one()
@@ -103,6 +107,10 @@ class _Incoming:
     posted: deque[tuple[tuple[int, int], Tensor, dist.Work]] = field(default_factory=deque)
     num_received: int = 0
 
+    def start(self, buffer: Tensor) -> dist.Work:
+        """Start receiving into a contiguous tensor."""
+        return self.group.recv([buffer], self.peer, 0)
+
 
 class Handover:
     """This rank's ends of all routes.
@@ -126,8 +134,7 @@ class Handover:
         self._incoming: dict[int, _Incoming] = {}
         self.most_waiting = 0
         """Tensors made here that have waited for their use at once, at most."""
-        self._open(routes)
-        self._warm_up()
+        self._warm_up(self._open(routes))
 
     @property
     def num_waiting(self) -> int:
@@ -212,7 +219,9 @@ class Handover:
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
 
-    def _open(self, routes: Sequence[Route]) -> None:
+    def _open(self, routes: Sequence[Route]) -> list[_Outgoing | _Incoming]:
+        """Make the channels of all routes; return this rank's in the order of all."""
+        mine: list[_Outgoing | _Incoming] = []
         here = self.mesh.world.rank
         pairs = sorted({(route.source, route.target) for route in routes if route.source != route.target})
         for ranks in self.mesh.pipelines:
@@ -224,21 +233,21 @@ class Handover:
                 if here == source:
                     peer = dist.get_group_rank(group, target)
                     waiter = Background(f"handover to {target}")
-                    self._outgoing[pair[1]] = _Outgoing(group, peer, names, waiter)
+                    mine.append(_Outgoing(group, peer, names, waiter))
+                    self._outgoing[pair[1]] = mine[-1]
                 if here == target:
-                    self._incoming[pair[0]] = _Incoming(
-                        group, dist.get_group_rank(group, source), source, names
-                    )
+                    mine.append(_Incoming(group, dist.get_group_rank(group, source), source, names))
+                    self._incoming[pair[0]] = mine[-1]
+        return mine
 
-    def _warm_up(self) -> None:
-        """Send one element over every channel, so that no connection is made inside a step."""
-        element = torch.zeros(1, device=self.mesh.device)
-        sends = [channel.group.send([element], channel.peer, 0) for channel in self._outgoing.values()]
-        for channel in self._incoming.values():
-            with self.mesh.activity.waiting("a connection", (channel.source,)):
-                channel.group.recv([torch.empty_like(element)], channel.peer, 0).wait()
-        for work in sends:
-            work.wait()
+    def _warm_up(self, channels: Sequence[_Outgoing | _Incoming]) -> None:
+        """Send one element over every channel, one after the other in the one order of all ranks, as `Links` does."""
+        works = []
+        with self.mesh.activity.waiting("connections for hidden states", self.mesh.pp.ranks):
+            for channel in channels:
+                works.append(channel.start(torch.zeros(1, device=self.mesh.device)))
+            for work in works:
+                work.wait()
 
     def _receive(self, channel: _Incoming, work: dist.Work) -> None:
         source = self.mesh.pp.ranks.index(channel.source)
@@ -249,5 +258,5 @@ class Handover:
     def _post(self, channel: _Incoming) -> None:
         while channel.awaited and len(channel.posted) < self.window:
             buffer = self._pool.take(self.message.shape, self.message.dtype)
-            work = channel.group.recv([buffer], channel.peer, 0)
+            work = channel.start(buffer)
             channel.posted.append((channel.awaited.popleft(), buffer, work))

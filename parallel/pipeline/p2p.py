@@ -134,8 +134,7 @@ class Links:
         self._told: dict[Action, Counter[Kind]] = {}
         self._expected: Counter[Kind] = Counter()
         self._incoming: dict[Kind, _Incoming] = {}
-        self._open()
-        self._warm_up()
+        self._warm_up(self._open())
 
     @property
     def num_buffers(self) -> int:
@@ -155,7 +154,9 @@ class Links:
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
 
-    def _open(self) -> None:
+    def _open(self) -> list[_Outgoing | _Incoming]:
+        """Make the channels of all edges; return this rank's in the order of all."""
+        mine: list[_Outgoing | _Incoming] = []
         here, size = self.mesh.world.rank, self.mesh.pp.size
         for ranks in self.mesh.pipelines:
             for kind in (kind for kind in _HOP if kind in self.messages):
@@ -168,19 +169,27 @@ class Links:
                     group = new_group(sorted((source, target)), self.mesh.activity)
                     if here == source:
                         peer = dist.get_group_rank(group, target)
-                        self._outgoing[kind] = _Outgoing(peer, target, group)
+                        mine.append(_Outgoing(peer, target, group))
+                        self._outgoing[kind] = mine[-1]
                     if here == target:
-                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), source, group)
+                        mine.append(_Incoming(dist.get_group_rank(group, source), source, group))
+                        self._incoming[kind] = mine[-1]
+        return mine
 
-    def _warm_up(self) -> None:
-        """Send one element over every channel, so that no connection is made inside a step."""
-        element = torch.zeros(1, device=self.mesh.device)
-        sends = [channel.start(element) for channel in self._outgoing.values()]
-        for channel in self._incoming.values():
-            with self._waiting("a connection", channel):
-                channel.start(torch.empty_like(element)).wait()
-        for work in sends:
-            work.wait()
+    def _warm_up(self, channels: Sequence[_Outgoing | _Incoming]) -> None:
+        """Send one element over every channel, so that no connection is made inside a step.
+
+        One channel after the other, in the one order of all ranks: NCCL holds a rank up at its first call on a channel until
+        the other end has come to it too.
+        """
+        works = []
+        for channel in channels:
+            other = channel.target if isinstance(channel, _Outgoing) else channel.source
+            with self.mesh.activity.waiting("a connection", (other,)):
+                works.append(channel.start(torch.zeros(1, device=self.mesh.device)))
+        with self.mesh.activity.waiting("its connections", self.mesh.pp.ranks):
+            for work in works:
+                work.wait()
 
     def _waiting(self, what: str, channel: _Incoming) -> Doing:
         """Return the context of waiting for a channel's other end."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def _microbatches(count: int = COUNT) -> list[MicroBatch]:
     return [MicroBatch(*part) for part in parts][:count]
 
 
+@mock.patch("distill.forward._LIST", 1)
 def _run(cases: list[Case], folders: dict[str, str]) -> list[list[tuple]]:
     """For each case and choice of models: the hidden states consumed, in order, and the calls of `before`."""
     results = []
@@ -72,7 +75,10 @@ def _run(cases: list[Case], folders: dict[str, str]) -> list[list[tuple]]:
                 announced.append(next(i for i, each in enumerate(batches) if each is batch))
 
             given = {name: models[name] for name in names}
-            run_forward(mesh, links, batches, before=before, consume=consume, **given)
+            most: list[int] = []
+            with mock.patch.object(Links, "finish", _counting(Links.finish, most)):
+                run_forward(mesh, links, batches, before=before, consume=consume, **given)
+            assert max(most) <= 2 * case.virtual_stages * len(names), "what was sent is not kept to the end"
             assert links.is_empty and not links.num_under_way
             mine.append((mesh.pp.is_last, consumed, announced))
         for student in students:
@@ -80,6 +86,16 @@ def _run(cases: list[Case], folders: dict[str, str]) -> list[list[tuple]]:
             assert student.training and not teacher.training
         results.append(mine)
     return results
+
+
+def _counting(finish: Callable[[Links], None], most: list[int]) -> Callable[[Links], None]:
+    """Return `finish` that writes down how much was under way."""
+
+    def counted(links: Links) -> None:
+        most.append(links.num_under_way)
+        finish(links)
+
+    return counted
 
 
 def _plain(folder: str) -> list[Tensor]:

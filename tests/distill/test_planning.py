@@ -9,7 +9,7 @@ import pytest
 from distill.config import Config, MeshShape, Pipeline, Train
 from distill.planning import Planner, _drifted, costs_of, make_step_plan, medians
 from parallel.mesh import Axis, Mesh
-from parallel.pipeline.actions import Kind, Plan, PlanError, parse
+from parallel.pipeline.actions import RECVS, Kind, Plan, PlanError, parse
 from parallel.pipeline.simulate import Costs, Event, simulate
 from tests.workers import run_distributed
 
@@ -54,6 +54,11 @@ def test_costs_are_medians_by_kind_and_stage() -> None:
     assert costs.forward == pytest.approx([0.2, 0.5]) and costs.latency == 0.25
     assert (costs.backward_input, costs.backward_weight) == ([0.0, 0.25], [0.125, 0.0])
     assert costs.teacher_slice == [2, 4]
+    # Five layers in four slices: the first has two, and is no exception.
+    uneven = [
+        _event(f"0K{index}.{piece}", 0, 2 if piece == 0 else 1) for index in (0, 1) for piece in range(4)
+    ]
+    assert medians(uneven)[Kind.K, 0] == 1.25
     assert (costs.reduce, costs.norm) == (2, 0.5), "who comes first waits, so the shortest is the cost"
     assert (costs.step, costs.gather) == ([6, 8], [1, 2])
 
@@ -91,6 +96,21 @@ def test_costs_that_move_for_long_make_a_new_plan() -> None:
     for step in range(20):
         (*_, (plan, _)) = never.course.of(step)
         assert not (never.observe(plan, _events(plan, COSTS if step < 7 else slower)) and step > 2)
+    assert never._seen == [], "what nobody looks at is not kept"
+
+
+def test_waiting_that_a_plan_has_done_away_with_makes_no_new_one() -> None:
+    """A receive's seconds are those of waiting, which filling is there to take."""
+    planner, said = Planner(_config(), _alone(), num_slices=2), []
+    for step in range(12):
+        (*_, (plan, _)) = planner.course.of(step)
+        waits = 0.3 if plan.teacher == "inline" else 0.0
+        events = [
+            event._replace(end_s=event.end_s + waits) if event.action.kind in RECVS else event
+            for event in _events(plan, COSTS)
+        ]
+        said += [step] if planner.observe(plan, events) else []
+    assert said == [2]
 
 
 @pytest.mark.parametrize("teacher", ["inline", "batch"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from parallel.mesh import Mesh
+from parallel.pipeline import p2p
 from parallel.pipeline.actions import Kind, parse
 from parallel.pipeline.buffers import ALIGNMENT_BYTES
 from parallel.pipeline.p2p import Links, Message
@@ -55,6 +58,25 @@ def _took(links: Links, kind: Kind, microbatch: int, source: int) -> bool:
 
 def _posted(links: Links, kind: Kind) -> list[int]:
     return [action.microbatch for action, _, _ in links._incoming[kind].posted]
+
+
+def _connect_where_a_send_waits(num_ranks: int) -> list[bool]:
+    """As NCCL does at its first call on a channel: a send comes back when the other end receives."""
+
+    def start(channel: p2p._Outgoing, tensor: torch.Tensor) -> torch.distributed.Work:
+        work = channel.group.send([tensor], channel.peer, 0)
+        work.wait()
+        return SimpleNamespace(wait=lambda: None)
+
+    mesh = Mesh.create(pp=num_ranks, dp=1, tp=1)
+    with mock.patch.object(p2p._Outgoing, "start", start):
+        found = [Links(mesh, MESSAGES), Links(mesh, MESSAGES, num_stages=2 * num_ranks)]
+    return [links.is_empty for links in found]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_connections_are_made_one_after_the_other(num_ranks: int) -> None:
+    assert run_distributed(num_ranks, _connect_where_a_send_waits, num_ranks) == [[True, True]] * num_ranks
 
 
 def _window_and_order() -> None:
