@@ -17,6 +17,7 @@ from distill.companions import read_settings
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, flatten, show
 from distill.deploy.from_checkpoint import export_checkpoint
+from distill.failures import RunFailed
 from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
@@ -27,7 +28,12 @@ from distill.structure import Sizes
 from distill.student_config import Student
 from parallel import checkpoint
 from parallel.checkpoint_folders import DAMAGED, PassedOver, Sound, drop_after, newest_sound, verify
-from parallel.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    read_manifest,
+)
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 
@@ -42,6 +48,7 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
 
     Raises:
         ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
+        RunFailed: one cannot be read by some rank, which may pass.
     Collectives: those of `newest_sound` and `verify`, a broadcast and a barrier over the world.
     """
     choice, root = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
@@ -50,16 +57,21 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
     sound: Sound | None = None
     passed: list[PassedOver] = []
-    # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
-    if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
-        sound, passed = _newest_own(root, mesh)
-        foreign = foreign and sound is None
     try:
+        # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
+        if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
+            sound, passed = _newest_own(root, mesh)
+            foreign = foreign and sound is None
         if sound is None and choice != "auto":
             sound = Sound(Path(choice), verify(Path(choice), mesh))
         if sound is None:
             return None, Progress()
         progress = _progress(sound)
+    except CheckpointOutOfReach as error:
+        raise RunFailed(
+            f"{error}; nothing has been changed, and the same command tries again; a checkpoint that stays out of reach may be "
+            "moved away"
+        ) from error
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     if progress.round >= len(config.rounds) or (foreign and progress.round):

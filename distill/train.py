@@ -79,6 +79,9 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
             session = None
             # The models of a round are in cycles, and the next one's need their memory.
             gc.collect()
+            if agree(mesh, stop)[0]:
+                what = "stopped"
+                break
             session = _open(running)
         if what == "stopped":
             step = running.progress.step
@@ -187,6 +190,9 @@ def _follows(running: Running, loss: float) -> str:
 def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
     """Take the round's steps that are left; return whether all are done, or else saved when a stop was asked for."""
     config, settings, mesh, log = running.config, running.settings, running.mesh, running.log
+    if running.progress.round_step < settings.train.steps and agree(mesh, running.stop)[0]:
+        # Asked while models were loaded or judged; what there is to save is saved.
+        return False
     while running.progress.round_step < settings.train.steps:
         stopping = _take_step(running, session)
         progress = running.progress
@@ -198,18 +204,25 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
         # While steps change nothing the checkpoints before stay: what is wrong may be in the weights.
         due = _is_due(config.checkpoint.every, progress.step) and not progress.skipped_in_a_row
         if done or stopping or due:
-            # A run that goes on from this checkpoint must find the lines up to it.
-            log.flush()
-            session.step.settle()
-            refuse_not_finite(session.step.optimizer, mesh, progress)
-            _settle(mesh, saver)
-            saver.save(progress.step, asdict(progress))
-            running.health.saving()
+            _save(running, session, saver)
         for failure in saver.check():
             log.say(f"warning: {failure}; training goes on, the next one is tried as usual")
         if stopping and not done:
             return False
     return True
+
+
+def _save(running: Running, session: Session, saver: checkpoint.Saver) -> None:
+    """Begin to write a checkpoint, after the one under way. Collectives: those of settling and of `refuse_not_finite`."""
+    progress, mesh = running.progress, running.mesh
+    with mesh.activity.doing(f"{running.words}saving after step {progress.step}"):
+        # A run that goes on from this checkpoint must find the lines up to it.
+        running.log.flush()
+        session.step.settle()
+        refuse_not_finite(session.step.optimizer, mesh, progress)
+        _settle(mesh, saver)
+        saver.save(progress.step, asdict(progress))
+    running.health.saving()
 
 
 def _settle(mesh: Mesh, saver: checkpoint.Saver) -> None:

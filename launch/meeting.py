@@ -47,8 +47,13 @@ def meet(
         if stopped():
             raise SystemExit(0)
         if time.monotonic() > deadline_s:
-            absent = [0] if rank else [each for each in range(1, size) if not store.check([f"{mine}/{each}"])]
-            store.set(f"{mine}/absent", "")
+            came = [each for each in range(1, size) if rank == 0 and store.check([f"{mine}/{each}"])]
+            absent = [0] if rank else [each for each in range(1, size) if each not in came]
+            if rank == 0:
+                # By their own names: ranks that are started again find this too, and must not take it for theirs.
+                store.set(
+                    f"{mine}/absent", json.dumps([store.get(f"{mine}/{each}").decode() for each in came])
+                )
             raise Absent(_words([places[each] for each in absent], timeout_s))
         time.sleep(0.02 + size / 5000)
     return name
@@ -78,7 +83,7 @@ def _follow(store: Store, mine: str, rank: int) -> Callable[[], str | None]:
             greeted = name
         if name and store.check([f"{name}/all"]) and mine in json.loads(store.get(f"{name}/all")):
             return name
-        if name and store.check([f"{name}/absent"]):
+        if name and store.check([f"{name}/absent"]) and mine in json.loads(store.get(f"{name}/absent")):
             raise Absent
         return None
 

@@ -6,7 +6,7 @@ killed; after SIGTERM or Ctrl-C 0 when every rank has saved and left, otherwise 
 should be" for a batch system, which preempts by SIGTERM and starts the same command again; whether the run came to its end
 is `finished` in its summary.json:
 
-    python -m launch.torchrun ... && grep -q '"finished": true' runs/mine/summary.json || scontrol requeue $SLURM_JOB_ID
+    python -m launch.torchrun ... && { grep -q '"finished": true' runs/mine/summary.json || scontrol requeue $SLURM_JOB_ID; }
 
 With --max-restarts N all ranks start again when one has failed, and go on from the newest checkpoint; not after a user's mistake
 (exit code 2), which would only be made again, and not after a signal. Each process gets one thread unless OMP_NUM_THREADS says

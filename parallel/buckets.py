@@ -104,8 +104,10 @@ def lay_out(tables: Sequence[list[Entry]], tp: Axis, bucket_numel: int, *, num_p
         num_parts: equal parts that every bucket can be cut into.
     """
 
-    def order(entry: Entry) -> tuple[bool, bool, bool]:
-        return (not is_counted(entry, tp), entry.tp_partial_grad, entry.parameter.ndim < 2)
+    def order(entry: Entry) -> tuple[bool, bool, bool, bool]:
+        # Without a look at the rank: what all of tp have whole lies at one place, so that its replicas are added in one order.
+        whole = entry.shard is None
+        return (entry.is_tied_copy, whole, entry.tp_partial_grad, entry.parameter.ndim < 2)
 
     chunks, at = [], 0
     for table in tables:

@@ -216,6 +216,10 @@ class Saver:
             for name, content in self._companions.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 records[name] = write_file(folder / name, [content])
+            for place in {(folder / name).parent for name in self._companions}:
+                while place != folder:
+                    sync(place)
+                    place = place.parent
         return records
 
     def _complete(

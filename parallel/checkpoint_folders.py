@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from parallel.checkpoint_manifest import MANIFEST, CheckpointError, Manifest, read_manifest
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    Manifest,
+    read_manifest,
+)
 from parallel.collectives import barrier, broadcast_object, gather_objects
-from parallel.hashed_files import difference
+from parallel.hashed_files import FileRecord, difference
 from parallel.mesh import Mesh
 
 PARTIAL = ".partial"
@@ -65,30 +72,50 @@ def verify(folder: Path, mesh: Mesh) -> Manifest:
 
     Raises:
         CheckpointError: it is not; the same on every rank.
-    Collectives: a broadcast and a gather of one object over the world.
+        CheckpointOutOfReach: a rank cannot read a file; the same on every rank.
+    Collectives: two broadcasts and a gather of one object over the world.
     """
-    manifest, problem = None, None
+    manifest: Manifest | None = None
+    failure: CheckpointError | None = None
     if mesh.world.is_first:
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
-            problem = str(error)
-    manifest, problem = broadcast_object((manifest, problem), mesh.world)
+            failure = error
+    manifest, failure = broadcast_object((manifest, failure), mesh.world)
     if manifest is not None:
         # The largest first, dealt out like cards.
         records = sorted(manifest.records.items(), key=lambda item: (-item[1].size_bytes, item[0]))
-        mine = records[mesh.world.rank :: mesh.world.size]
-        problems = (difference(folder / name, record) for name, record in mine)
-        found = gather_objects(next(filter(None, problems), None), mesh.world)
-        problem = next(filter(None, found), None)
-    if problem is not None:
-        raise CheckpointError(problem)
+        found = gather_objects(_look_at(folder, records[mesh.world.rank :: mesh.world.size]), mesh.world)
+        name, failure = next(filter(None, found), (None, None))
+        if name is not None:
+            # What only another machine does not see whole is a matter of its disk.
+            is_seen = mesh.world.is_first and _look_at(folder, [(name, manifest.records[name])]) is None
+            if broadcast_object(is_seen, mesh.world):
+                failure = CheckpointOutOfReach(str(failure))
+    if failure is not None:
+        raise failure
     return manifest
+
+
+def _look_at(folder: Path, records: Sequence[tuple[str, FileRecord]]) -> tuple[str, CheckpointError] | None:
+    """Return the first file that is not as recorded and what is wrong with it, None if all are."""
+    for name, record in records:
+        try:
+            problem = difference(folder / name, record)
+        except OSError as error:
+            reason = f"{folder / name} cannot be read: {error.strerror or error}"
+            return name, CheckpointOutOfReach(reason)
+        if problem is not None:
+            return name, CheckpointError(problem)
+    return None
 
 
 def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
     """Return the newest sound checkpoint, or None, and the newer ones with what is wrong with them; equal on every rank.
 
+    Raises:
+        CheckpointOutOfReach: a rank cannot read one, which is not passed over for that.
     Collectives: a broadcast, and those of `verify` for each checkpoint that is looked at.
     """
     folders = broadcast_object(_folders(root) if mesh.world.is_first else None, mesh.world)
@@ -96,6 +123,8 @@ def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]
     for folder in reversed(folders):
         try:
             return Sound(folder, verify(folder, mesh)), passed
+        except CheckpointOutOfReach:
+            raise
         except CheckpointError as error:
             complete = broadcast_object((folder / MANIFEST).exists(), mesh.world)
             passed.append(PassedOver(folder, str(error), complete))

@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the reason."""
 
 
+class CheckpointOutOfReach(CheckpointError):
+    """A checkpoint cannot be read here and now (a disk, a mount, a permission); it may be sound."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says of itself."""
@@ -68,13 +72,16 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: no manifest, one that is damaged or says impossible things, or a file that is missing or has
             another size.
+        CheckpointOutOfReach: it is there and cannot be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}")
     try:
         manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointOutOfReach(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for name, record in manifest.records.items():
         file = folder / name

@@ -104,6 +104,7 @@ class DeepSpeedEngine:
             mask: True for entries of the flat buffers whose gradients are cleared before.
         Collectives: all-reduces over the gradients' tie; DeepSpeed's reductions over their dp; one over their dp and model.
         """
+        self._forget_gradients()
         gradients = self._buffers.flat_grad
         for bucket in self._buffers.buckets:
             if bucket.is_tied:
@@ -111,8 +112,9 @@ class DeepSpeedEngine:
         if mask is not None:
             gradients.masked_fill_(mask, 0)
         for each in self._placed:
-            flat = torch.zeros_like(each.parameter, dtype=gradients.dtype)
-            if each.run is not None:
+            if each.run is None:
+                flat = torch.zeros_like(each.parameter, dtype=gradients.dtype)
+            else:
                 flat = gradients[each.run.start : each.run.stop]
             _give(each.parameter, flat, self._zero)
         self._zero.setup_buckets()
@@ -127,6 +129,13 @@ class DeepSpeedEngine:
         norm = squares.sqrt()
         self._zero.scaled_global_norm = lambda: norm
         return norm
+
+    def _forget_gradients(self) -> None:
+        """Drop the gradients of a step that was skipped: DeepSpeed does so in its own step alone, and adds to what is there."""
+        for number in range(len(self._groups)):
+            self._zero.averaged_gradients[number] = None
+            self._zero.all_grad_tensors[number] = None
+        self._zero.micro_step_id = -1
 
     def _owned_gradients(self) -> Iterator[tuple[_Placed, Tensor]]:
         """Yield the reduced gradients of this replica's partitions, run by run."""

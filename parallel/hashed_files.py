@@ -168,16 +168,17 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def difference(path: Path, record: FileRecord) -> str | None:
-    """Return why a file is not the one of a record, or None; reads all of it if its size is right."""
-    try:
-        found_bytes = path.stat().st_size if path.is_file() else 0
-        if found_bytes != record.size_bytes:
-            return f"{path} has {found_bytes} bytes, its checkpoint says {record.size_bytes}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                return f"{path} is damaged: its content is not that of its SHA-256"
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror or error}"
+    """Return why a file is not the one of a record, or None; reads all of it if its size is right.
+
+    Raises:
+        OSError: it is there and cannot be read, which says nothing of what it holds.
+    """
+    found_bytes = path.stat().st_size if path.is_file() else 0
+    if found_bytes != record.size_bytes:
+        return f"{path} has {found_bytes} bytes, its checkpoint says {record.size_bytes}"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+            return f"{path} is damaged: its content is not that of its SHA-256"
     return None
 
 

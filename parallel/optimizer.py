@@ -198,8 +198,10 @@ class StageOptimizer:
             held = slot.view(self.mask)
             slot.entry.parameter.masked_fill_(held, 0)
             for part in self._engine.parts(slot).values():
-                its_own = held.flatten()[part.start : part.stop]
-                part.write(part.read().masked_fill(its_own, 0))
+                values = part.read()
+                # An offloaded master is on the CPU.
+                its_own = held.flatten()[part.start : part.stop].to(values.device)
+                part.write(values.masked_fill(its_own, 0))
 
     @torch.no_grad()
     def norm(self) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill import train
 from distill.prune import load_kept
+from distill.running import Running
 from launch import distill
 from tests.commands.test_resume import interrupt
 from tests.commands.tiny_run import Done, Inputs, call, metrics, start
@@ -146,6 +149,28 @@ def test_killed_anywhere_it_ends_the_same(
         call(distill.COMMAND, arguments)
     finished(call(distill.COMMAND, arguments))
     assert_same(tmp_path, shrunk if rounds == SHRINKS else grown)
+
+
+@pytest.mark.parametrize(("place", "step"), [("_follows", 4), ("_judge_start", 0)])
+def test_a_request_to_stop_is_heeded_before_more_is_begun(
+    place: str, step: int, inputs: Inputs, shrunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a round, and while models are loaded or judged."""
+    arguments = settings(inputs, tmp_path, SHRINKS)
+    original = getattr(train, place)
+
+    def request(running: Running, *rest: Any) -> Any:
+        running.stop.request()
+        return original(running, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, place, request)
+        done = call(distill.COMMAND, arguments)
+    finished(done)
+    assert f"stopped after step {step} of 10; the same command goes on from there" in done.out
+    assert not (tmp_path / "pruned-1").exists()
+    finished(call(distill.COMMAND, arguments))
+    assert_same(tmp_path, shrunk)
 
 
 def test_a_round_is_cut_anew_when_the_one_before_goes_another_way(

@@ -7,6 +7,7 @@ second. Checkpoints of each layout, stage and engine are gone on with by the oth
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,7 @@ def _share(slot: Slot, mesh: Mesh) -> float:
     return share
 
 
-def _take_step(optimizer: StageOptimizer, step: int) -> float:
+def _take_step(optimizer: StageOptimizer, step: int, *, spoiled: bool = False) -> float:
     optimizer.zero_grad()
     for slot in optimizer.slots:
         entry = slot.entry
@@ -86,6 +87,7 @@ def _take_step(optimizer: StageOptimizer, step: int) -> float:
             gradient = gradient.narrow(
                 entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start
             )
+        gradient = gradient * math.nan if spoiled else gradient
         entry.parameter.main_grad.add_(gradient * _share(slot, optimizer.mesh))
     optimizer.reduce(0)
     norm = optimizer.norm()
@@ -115,6 +117,31 @@ def _outcome(optimizer: StageOptimizer, norms: list[float]) -> Outcome:
     }
     kinds = optimizer.kinds
     return Outcome(norms, parameters, whole_state(optimizer, ("weight", *kinds)))
+
+
+def _skip(cases: list[Case], folder: Path) -> list[tuple[Outcome, Outcome]]:
+    """For each case: three steps with some between that are not finite, and the three alone."""
+    meshes, found = _meshes(cases), []
+    for case in cases:
+        pair = []
+        for steps in ([0, None, None, 1, None, 2], [0, 1, 2]):
+            optimizer = _open(case, meshes[case.layout], folder)
+            norms = [_take_step(optimizer, step or 0, spoiled=step is None) for step in steps]
+            assert [not math.isfinite(norm) for norm in norms] == [step is None for step in steps]
+            pair.append(_outcome(optimizer, [norm for norm in norms if math.isfinite(norm)]))
+        found.append(tuple(pair))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_that_is_not_finite_leaves_nothing_behind(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", CONFIG)
+    cases = [Case((1, 2, 1), options, dtype) for options in (OWN[1], THEIRS[0], THEIRS[2])]
+    for rank in run_distributed(2, _skip, cases, folder):
+        for case, (skipped, plain) in zip(cases, rank, strict=True):
+            assert skipped.norms == plain.norms, case
+            for name, value in plain.parameters.items():
+                assert torch.equal(skipped.parameters[name], value), (case, name)
 
 
 def _update(cases: list[Case], folder: Path) -> list[Outcome]:

@@ -61,6 +61,8 @@ def test_who_does_not_come_is_told_by_the_first_rank_alone() -> None:
         assert all(isinstance(each.exception(), Absent) for each in met)
     assert words[0].startswith("rank 2 has not come within train.timeout_s=0.5 s") and words[1] == ""
     assert words[2].startswith("rank 1, rank 2 have not come within")
+    # All are started again, the others a little before the first: what they find was not said to them.
+    assert len(set(_meet(store, [0, 1, 2], late=0))) == 1
 
 
 def test_a_first_rank_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from parallel.checkpoint_folders import (
-    PassedOver,
     complete_checkpoints,
     drop_after,
     folder_of,
@@ -17,7 +17,13 @@ from parallel.checkpoint_folders import (
     remove,
     verify,
 )
-from parallel.checkpoint_manifest import MANIFEST, CheckpointError, Manifest, write_manifest
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    Manifest,
+    write_manifest,
+)
 from parallel.hashed_files import write_file
 from parallel.mesh import Mesh
 from tests.workers import run_distributed
@@ -135,9 +141,38 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         return original(self, mode, **rest)
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(CheckpointError, match=r"a.safetensors cannot be read: Permission denied"):
+    with pytest.raises(CheckpointOutOfReach, match=r"a.safetensors cannot be read: Permission denied"):
         verify(folder, SINGLE)
-    assert isinstance(newest_sound(tmp_path, SINGLE)[1][0], PassedOver)
+    # It may be sound: nobody goes on from an older one because of that.
+    with pytest.raises(CheckpointOutOfReach):
+        newest_sound(tmp_path, SINGLE)
+    assert folder.is_dir()
+
+
+def _verify_where_one_rank_sees_less(folder: Path) -> list[str]:
+    """The second rank does not see a file; then nobody does."""
+    mesh = Mesh.create(pp=1, dp=2, tp=1)
+    seen = []
+    original = Path.is_file
+    for blind in ({1}, {0, 1}):
+        hidden = mesh.world.rank in blind
+        with mock.patch.object(
+            Path,
+            "is_file",
+            lambda self, hidden=hidden: original(self) and not (hidden and self.name in FILES),
+        ):
+            try:
+                verify(folder, mesh)
+            except CheckpointError as error:
+                seen.append(f"{type(error).__name__}: {error}")
+    return seen
+
+
+def test_what_one_machine_does_not_see_is_no_damage(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    for first, second in run_distributed(2, _verify_where_one_rank_sees_less, folder):
+        assert first.startswith("CheckpointOutOfReach: ") and "has 0 bytes" in first
+        assert second.startswith("CheckpointError: ")
 
 
 def test_a_link_out_of_the_folder_is_no_way_around_the_hash(tmp_path: Path) -> None:

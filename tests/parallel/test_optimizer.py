@@ -199,6 +199,7 @@ class Outcome:
 CASES = {
     2: [
         Case(dp=2),
+        Case(dp=2, student="tied"),
         Case(dp=2, student="tied", early=True),
         Case(tp=2),
         Case(tp=2, student="tied"),
@@ -392,7 +393,7 @@ def test_every_layout_equals_one_process(
     for case, outcomes in by_case.items():
         assert _differences(outcomes, references[case.student]) == set(), case
         assert len({tuple(outcome.norms) for outcome in outcomes}) == 1, "one norm on every rank, bit for bit"
-        late = by_case.get(replace(case, early=False), outcomes)
+        late = by_case[replace(case, early=False)]
         for outcome, other in zip(outcomes, late, strict=True):
             assert outcome.norms == other.norms
             for key, value in outcome.parameters.items():
