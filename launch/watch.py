@@ -84,7 +84,7 @@ class Watch:
         self._beat_s = min(BEAT_S, timeout_s / 4)
         # Looking for signs of life takes its time, and the beat that sees the limit may be late by one.
         self._patience_s = timeout_s - min(SIGNS_S + 2 * self._beat_s, timeout_s / 4)
-        self._beaten_s = self._moved_s = self._counted_s = time.monotonic()
+        self._beaten_s = self._moved_s = self._counted_s = self._beat_before_s = time.monotonic()
         self._armed_s = -STUCK_S
         self._cpu_s, self._moves = 0.0, 0
         self._closed = threading.Event()
@@ -151,6 +151,10 @@ class Watch:
 
     def _beat(self) -> None:
         now_s = time.monotonic()
+        if now_s - self._beat_before_s > max(self._patience_s / 2, 4 * self._beat_s):
+            # The whole process stood still, as in a job that is suspended: what it has not done meanwhile says nothing.
+            self._moved_s = now_s
+        self._beat_before_s = now_s
         moves = self._board.beat(self._activity.look(), moved=self._has_moved(now_s))
         if moves != self._moves:
             self._moves, self._moved_s = moves, now_s
