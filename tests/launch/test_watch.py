@@ -108,21 +108,22 @@ def stuck(activity: Activity, its: Watch) -> None:
         time.sleep(60 * TIMEOUT_S)
 
 
-def test_a_run_that_was_suspended_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_suspended_goes_on(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock has gone on meanwhile, on all ranks, and nobody has done anything."""
     real, jump = time.monotonic, [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: real() + jump[0])
 
     def waits_in_a_job_that_is_suspended(activity: Activity, its: Watch) -> None:
         with activity.doing("step 7"), activity.waiting("a message from stage 1", (1,)):
-            time.sleep(0.5 * TIMEOUT_S)
+            time.sleep(2 * TIMEOUT_S)
             jump[0] = 20 * TIMEOUT_S
-            time.sleep(0.4 * TIMEOUT_S)
+            time.sleep(2 * TIMEOUT_S)
 
     def works(activity: Activity, its: Watch) -> None:
         with activity.doing("step 7"), activity.doing("1B3"):
-            time.sleep(0.9 * TIMEOUT_S)
+            time.sleep(4 * TIMEOUT_S)
 
+    run = Run(4 * TIMEOUT_S)
     run(waits_in_a_job_that_is_suspended, works)
     assert run.codes == {"main 0": 0, "main 1": 0}
 
