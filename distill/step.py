@@ -33,7 +33,7 @@ from parallel.pipeline.actions import Action, Kind, Plan, whole_backwards
 from parallel.pipeline.course import Course
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import Links, Message
-from parallel.pipeline.simulate import OCCUPYING, Event
+from parallel.pipeline.simulate import Event, busy_seconds
 from parallel.pipeline.stage import ForwardStage, TrainStage
 
 
@@ -163,9 +163,7 @@ class DistillationStep:
                 # Before anything runs that could wait for the copy on a GPU.
                 self._window.step(ahead)
             self.last_events = self._executor.run(plan, first_microbatch=first_microbatch, carries=carries)
-            busy_s += sum(
-                event.end_s - event.start_s for event in self.last_events if event.action.kind in OCCUPYING
-            )
+            busy_s += busy_seconds(self.last_events)
         kept = [stage for stage in self.students.values() if stage.num_kept]
         assert not kept and not self._student_hidden and all(key >= self._end for key in self._signals)
         return self._stats(time.perf_counter() - start_s, busy_s)

@@ -8,6 +8,7 @@ Assumes that links and collectives do not contend, and that costs are the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -147,8 +148,19 @@ def bubble_fraction(events: Sequence[Event], *, num_ranks: int, step_s: float) -
         events: of all ranks and one step, planned or measured.
         step_s: the time from step to step.
     """
-    busy_s = sum(event.end_s - event.start_s for event in events if event.action.kind in OCCUPYING)
-    return max(0.0, 1 - busy_s / (num_ranks * step_s)) if step_s else 0.0
+    return max(0.0, 1 - busy_seconds(events) / (num_ranks * step_s)) if step_s else 0.0
+
+
+def busy_seconds(events: Sequence[Event]) -> float:
+    """Return for how long ranks computed or ran the optimizer, added over the ranks; what overlaps on a rank counts once."""
+    total, end_s = 0.0, -math.inf
+    occupying = (event for event in events if event.action.kind in OCCUPYING)
+    rank: int | None = None
+    for event in sorted(occupying, key=lambda event: (event.rank, event.start_s)):
+        end_s = end_s if event.rank == rank else -math.inf
+        total += max(0.0, event.end_s - max(event.start_s, end_s))
+        rank, end_s = event.rank, max(end_s, event.end_s)
+    return total
 
 
 class _Entry(NamedTuple):

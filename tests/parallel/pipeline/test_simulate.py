@@ -8,7 +8,7 @@ import pytest
 
 from parallel.pipeline.actions import Kind, Plan, parse
 from parallel.pipeline.schedules import forward_only, make_plan
-from parallel.pipeline.simulate import Costs, Event, bubble_fraction, simulate
+from parallel.pipeline.simulate import Costs, Event, bubble_fraction, busy_seconds, simulate
 from tests.parallel.pipeline.sweep import plans
 from tests.parallel.pipeline.test_validate import CYCLE
 
@@ -119,6 +119,16 @@ def test_the_bubble_is_the_idle_share() -> None:
         Event(1, parse("1F0"), 2.0, 3.0),
     ]
     assert bubble_fraction(measured, num_ranks=2, step_s=4.0) == 0.75
+    # On a GPU the teacher's lane overlaps the student's: a second in which both work is one.
+    lanes = [
+        (0, "0K0", 0.0, 3.0),
+        (0, "0F0", 1.0, 2.0),
+        (0, "0B0", 2.5, 3.5),
+        (1, "1F0", 3.0, 4.0),
+        (1, "1SEND_B0", 0.0, 9.0),
+    ]
+    overlapping = [Event(rank, parse(text), start_s, end_s) for rank, text, start_s, end_s in lanes]
+    assert busy_seconds(overlapping) == 4.5 and busy_seconds([]) == 0
 
 
 def test_peaks_are_reported() -> None:
