@@ -69,8 +69,9 @@ def test_a_full_disk_costs_a_checkpoint_and_at_the_end_the_exit_code(
 def test_a_stop_that_cannot_be_saved_is_said(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agree = train.agree
-    monkeypatch.setattr(train, "agree", lambda mesh, stop: (True, agree(mesh, stop)[1]))
+    agree, calls = train.agree, itertools.count()
+    # Asked before the first step, and after it.
+    monkeypatch.setattr(train, "agree", lambda mesh, stop: (next(calls) > 0, agree(mesh, stop)[1]))
     refuse(monkeypatch, (1,))
     done = call(distill.COMMAND, inputs.settings(tmp_path))
     assert done.code == 1 and len(done.errors) == 1 and "stopped after" not in done.out
