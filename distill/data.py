@@ -25,7 +25,6 @@ from distill.packing import IGNORE, Cutter, Row, Rows, build_rows
 from distill.stream import Beginning, Stream
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -103,24 +102,10 @@ def load_rows(
             f"data.held_out_fraction={data.held_out_fraction} leaves no document of data.path={data.path} for the "
             f"{part} part; use a fraction above 0 and below 1, such as 0.1"
         )
-    if show_progress and part == "held_out":
-        _tell_share(documents, whole, data.held_out_fraction)
     label = f"{part} text"
     return build_rows(
         documents["text"], cutter, cache_dir=cache_dir, show_progress=show_progress, label=label
     )
-
-
-def _tell_share(held_out: Dataset, whole: Dataset, fraction: float) -> None:
-    """Say so if what is held out is far from the share asked for, as with few documents of very different lengths."""
-    sizes = [sum(map(len, documents["text"])) for documents in (held_out, whole)]
-    share = sizes[0] / sizes[1]
-    if not fraction / 2 <= share <= fraction * 2:
-        print(
-            f"warning: {sizes[0]:,} of {sizes[1]:,} characters are held out ({share:.2%}), data.held_out_fraction={fraction:g}: "
-            "documents are held out whole; cut long ones into several",
-            flush=True,
-        )
 
 
 class Batches:

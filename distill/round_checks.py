@@ -53,14 +53,17 @@ class _Checks:
     def __init__(self, rounds: Sequence[Config]) -> None:
         self._rounds = rounds
         self._students: list[PretrainedConfig] = []
+        self._found: dict[tuple[str, str], tuple[Path, PretrainedConfig]] = {}
         self._folder = Path(rounds[0].run.dir or ".")
         self._origin_folder, self._origin = self._find(rounds[0], rounds[0].teacher.model, "teacher.model")
 
-    @staticmethod
-    def _find(config: Config, name: str, key: str) -> tuple[Path, PretrainedConfig]:
-        trust = config.teacher.trust_remote_code
-        folder = resolve_model(name, cache_dir=Path(config.data.cache_dir), trust_remote_code=trust, key=key)
-        return folder, load_config(folder, trust_remote_code=trust, key=key)
+    def _find(self, config: Config, name: str, key: str) -> tuple[Path, PretrainedConfig]:
+        """Return a model's folder and config; each model is looked at once."""
+        if (name, key) not in self._found:
+            trust, cache = config.teacher.trust_remote_code, Path(config.data.cache_dir)
+            folder = resolve_model(name, cache_dir=cache, trust_remote_code=trust, key=key)
+            self._found[name, key] = folder, load_config(folder, trust_remote_code=trust, key=key)
+        return self._found[name, key]
 
     def look_at(self, index: int, *, judges: bool) -> None:
         """Plan the student of a round, and check the round if asked to."""

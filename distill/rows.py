@@ -6,6 +6,7 @@ what is held out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
         Rows(folder, pad_token_id=pad) if folder.is_dir() else rows(*each, show_progress=False)
         for each, (folder, pad) in zip(wanted, made, strict=True)
     )
+    if mesh.world.is_first:
+        _tell_share(held_out, sources, data.held_out_fraction)
     if data.weights is None:
         return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
     stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
@@ -88,3 +91,15 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
 def _place(rows: Rows) -> tuple[Path, int]:
     """Return what another rank opens rows by."""
     return rows.folder, rows.pad_token_id
+
+
+def _tell_share(held_out: Rows, sources: Sequence[Rows], fraction: float) -> None:
+    """Say so if what is held out is far from the share asked for, as with few documents of very different lengths."""
+    whole = held_out.num_tokens + sum(rows.num_tokens for rows in sources)
+    share = held_out.num_tokens / whole
+    if not fraction / 2 <= share <= fraction * 2:
+        print(
+            f"warning: {held_out.num_tokens:,} of {whole:,} tokens are held out ({share:.2%}), data.held_out_fraction="
+            f"{fraction:g}: documents are held out whole; cut long ones into several",
+            flush=True,
+        )

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -18,7 +16,6 @@ from distill.balance import split_models
 from distill.candidates import JUDGED_ROWS
 from distill.config import Config
 from distill.data import Batches, MicroBatch
-from distill.evaluate import num_parameters
 from distill.forward import forward_links
 from distill.hidden_loss import open_hidden
 from distill.judging import Judge, load_tasks
@@ -34,7 +31,7 @@ from distill.loading import (
 from distill.lowrank import factorise_student
 from distill.planning import Planner
 from distill.pretrained import load_config
-from distill.rounds import Lineage, lineage_of, rounds_of
+from distill.rounds import Lineage
 from distill.rows import Corpus, load_corpus
 from distill.sparsity import InputNorms, Sparsifier, input_norms, sparsify
 from distill.step import DistillationStep, messages
@@ -111,7 +108,7 @@ def open_session(
     teacher = load_teacher(config, mesh, models)
     planned = models.split
     begins("making the student")
-    models, prune_s = _shape_student(config, mesh, models, corpus, teacher, lineage)
+    models, prune_s = shape_student(config, mesh, models, corpus, teacher, lineage)
     if (planned.teacher, planned.num_slices) != (models.split.teacher, models.split.num_slices):
         # Scores shaped the student otherwise than planned, and the teacher's layers balance it.
         del teacher
@@ -121,7 +118,7 @@ def open_session(
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data
     held_out = corpus if same_text else load_corpus(judging, mesh, models.teacher_folder)
-    judging_links = _forward_links(judging, mesh, models, students, teacher)
+    judging_links = links_of(judging, mesh, models, students, teacher)
     sparsifier = sparsify(
         config,
         stages=students,
@@ -188,9 +185,10 @@ def bind_step(
     return step, planner
 
 
-def _forward_links(
+def links_of(
     config: Config, mesh: Mesh, models: Models, students: Sequence[StageModel], teacher: StageModel | None
 ) -> Links:
+    """Return channels for forward passes of these stages. Collectives: those of making `Links`."""
     return forward_links(config, mesh, students, teacher, num_stages=len(models.split.student))
 
 
@@ -209,11 +207,11 @@ def _measure_inputs(
     if lineage.continued is not None:
         begins = replace(models, student_folder=lineage.continued)
         students, _ = load_student(config, mesh, begins, trainable=False)
-    with closing(_forward_links(config, mesh, models, students, None)) as links:
+    with closing(links_of(config, mesh, models, students, None)) as links:
         return input_norms(students, mesh, links, corpus.calibration(config, mesh))
 
 
-def _shape_student(
+def shape_student(
     config: Config, mesh: Mesh, models: Models, corpus: Corpus, teacher: StageModel, lineage: Lineage
 ) -> tuple[Models, float]:
     """Cut and factor the student as far as that is asked for and not done; return the models split for it, and the seconds.
@@ -242,7 +240,7 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
     if is_there(models.student_folder, mesh):
         return 0.0
     origin = teacher if models.origin_folder == models.teacher_folder else load_origin(config, mesh, models)
-    with closing(_forward_links(config, mesh, models, (), origin)) as links:
+    with closing(links_of(config, mesh, models, (), origin)) as links:
         return prune_teacher(
             # What is scored, cut and remembered is the origin, whoever teaches the round.
             replace(config, teacher=replace(config.teacher, model=models.origin)),
@@ -272,7 +270,7 @@ def factorise_for(
     folder, seconds = lineage.factored, 0.0
     if not is_there(folder, mesh):
         students, student_config = load_student(config, mesh, models, trainable=False)
-        with closing(_forward_links(config, mesh, models, students, None)) as links:
+        with closing(links_of(config, mesh, models, students, None)) as links:
             seconds = factorise_student(
                 config,
                 mesh,
@@ -314,51 +312,3 @@ def _learning_rate(config: Config) -> LearningRate:
         schedule=options.schedule,
         min_ratio=options.min_lr_ratio,
     )
-
-
-def make_student(config: Config, mesh: Mesh) -> Path:
-    """Write the first round's student to `run.dir`/student and nothing else, or a factored one beside it; return the folder.
-
-    Raises:
-        ConfigError: a mistake in the settings, the teacher or the corpus.
-    Collectives: those of loading and scoring the teacher.
-    """
-    config = rounds_of(config)[0]
-    lineage = lineage_of([config], 0)
-    models = replace(find_models(config, mesh, lineage), student_folder=Path(config.run.dir) / "student")
-    corpus = load_corpus(config, mesh, models.teacher_folder)
-    teacher = load_teacher(config, mesh, models)
-    models, _ = _shape_student(config, mesh, models, corpus, teacher, lineage)
-    return models.student_folder
-
-
-def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
-    """Judge the teacher, and the ready student against it, by text and questions.
-
-    Args:
-        config: `student.model` null judges the teacher alone.
-    Returns:
-        One row for each model: its name, its size, and its figures without the logs' `eval/`.
-    Raises:
-        ConfigError: a mistake in the settings, the models, the questions or the corpus.
-    Collectives: those of loading and judging the models.
-    """
-    alone = config.student.model is None
-    if alone:
-        # The layout is checked and the layers are split for a pair; the teacher's own twin fits wherever it does.
-        config = replace(config, student=replace(config.student, model=config.teacher.model))
-    models = find_models(config, mesh)
-    tasks = load_tasks(config, mesh, models.teacher_folder)
-    corpus = load_corpus(config, mesh, models.teacher_folder)
-    teacher = load_teacher(config, mesh, models)
-    students = [] if alone else load_student(config, mesh, models, trainable=False)[0]
-    links = _forward_links(config, mesh, models, students, teacher)
-    judge = Judge.create(config, mesh, models, corpus, tasks, links)
-    level, known = judge.teacher(teacher)
-    if known and mesh.world.is_first:
-        print(f"teacher, judged before: its figures are those in {judge.levels.folder}", flush=True)
-    rows = [{"model": "teacher", "parameters": num_parameters([teacher], mesh), **level}]
-    if not alone:
-        figures = judge.student(students, teacher, with_choices=True)
-        rows.append({"model": "student", "parameters": num_parameters(students, mesh), **figures})
-    return [{name.removeprefix("eval/"): value for name, value in row.items()} for row in rows]

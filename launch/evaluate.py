@@ -1,6 +1,6 @@
 """Judge a teacher, and a student beside it, on held-out text, by questions and by lm_eval's tasks.
 
-Decides what is printed and written. The work is `distill.session`'s and, when all ranks are done, `launch.lm_eval`'s.
+Decides what is printed and written. The work is `distill.without_training`'s and, when all ranks are done, `launch.lm_eval`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     """Evaluate, and print one row for each model."""
     from distill.metrics import versions
-    from distill.session import judge_models
+    from distill.without_training import judge_models
 
     rows = judge_models(config, mesh)
     if not mesh.world.is_first:

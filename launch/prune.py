@@ -1,6 +1,6 @@
 """Write a pruned student, a Hugging Face folder, and nothing else.
 
-Decides only that an existing student is not overwritten. The work is `distill.session`.
+Decides only that an existing student is not overwritten. The work is `distill.without_training`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def prune(config: Config, mesh: Mesh, stop: Stop) -> None:
     """Prune, and say where the student is."""
-    from distill.session import make_student
+    from distill.without_training import make_student
 
     folder = make_student(config, mesh)
     if mesh.world.is_first:

@@ -26,6 +26,7 @@ from parallel.background import Background
 from parallel.collectives import gather_objects
 from parallel.mesh import Mesh, new_group
 from parallel.pipeline.buffers import BufferPool
+from parallel.pipeline.connect import Channel, connect
 from parallel.pipeline.p2p import Message
 
 
@@ -134,7 +135,7 @@ class Handover:
         self._incoming: dict[int, _Incoming] = {}
         self.most_waiting = 0
         """Tensors made here that have waited for their use at once, at most."""
-        self._warm_up(self._open(routes))
+        connect(self._open(routes), mesh)
 
     @property
     def num_waiting(self) -> int:
@@ -219,9 +220,9 @@ class Handover:
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
 
-    def _open(self, routes: Sequence[Route]) -> list[_Outgoing | _Incoming]:
-        """Make the channels of all routes; return this rank's in the order of all."""
-        mine: list[_Outgoing | _Incoming] = []
+    def _open(self, routes: Sequence[Route]) -> list[tuple[int, Channel]]:
+        """Make the channels of all routes; return this rank's in the order of all, with the ranks at their other ends."""
+        mine: list[tuple[int, Channel]] = []
         here = self.mesh.world.rank
         pairs = sorted({(route.source, route.target) for route in routes if route.source != route.target})
         for ranks in self.mesh.pipelines:
@@ -233,21 +234,14 @@ class Handover:
                 if here == source:
                     peer = dist.get_group_rank(group, target)
                     waiter = Background(f"handover to {target}")
-                    mine.append(_Outgoing(group, peer, names, waiter))
-                    self._outgoing[pair[1]] = mine[-1]
+                    self._outgoing[pair[1]] = _Outgoing(group, peer, names, waiter)
+                    mine.append((target, self._outgoing[pair[1]]))
                 if here == target:
-                    mine.append(_Incoming(group, dist.get_group_rank(group, source), source, names))
-                    self._incoming[pair[0]] = mine[-1]
+                    self._incoming[pair[0]] = _Incoming(
+                        group, dist.get_group_rank(group, source), source, names
+                    )
+                    mine.append((source, self._incoming[pair[0]]))
         return mine
-
-    def _warm_up(self, channels: Sequence[_Outgoing | _Incoming]) -> None:
-        """Send one element over every channel, one after the other in the one order of all ranks, as `Links` does."""
-        works = []
-        with self.mesh.activity.waiting("connections for hidden states", self.mesh.pp.ranks):
-            for channel in channels:
-                works.append(channel.start(torch.zeros(1, device=self.mesh.device)))
-            for work in works:
-                work.wait()
 
     def _receive(self, channel: _Incoming, work: dist.Work) -> None:
         source = self.mesh.pp.ranks.index(channel.source)

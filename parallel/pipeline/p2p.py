@@ -26,6 +26,7 @@ from parallel.collectives import all_reduce_
 from parallel.mesh import Mesh, new_group
 from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Action, Kind
 from parallel.pipeline.buffers import BufferPool
+from parallel.pipeline.connect import Channel, connect
 
 _HOP = {Kind.F: +1, Kind.B: -1, Kind.K: +1}
 """What travels -> where the stage is that needs it."""
@@ -134,7 +135,7 @@ class Links:
         self._told: dict[Action, Counter[Kind]] = {}
         self._expected: Counter[Kind] = Counter()
         self._incoming: dict[Kind, _Incoming] = {}
-        self._warm_up(self._open())
+        connect(self._open(), mesh)
 
     @property
     def num_buffers(self) -> int:
@@ -154,9 +155,9 @@ class Links:
             dist.destroy_process_group(channel.group)
         self._outgoing, self._incoming = {}, {}
 
-    def _open(self) -> list[_Outgoing | _Incoming]:
-        """Make the channels of all edges; return this rank's in the order of all."""
-        mine: list[_Outgoing | _Incoming] = []
+    def _open(self) -> list[tuple[int, Channel]]:
+        """Make the channels of all edges; return this rank's in the order of all, with the ranks at their other ends."""
+        mine: list[tuple[int, Channel]] = []
         here, size = self.mesh.world.rank, self.mesh.pp.size
         for ranks in self.mesh.pipelines:
             for kind in (kind for kind in _HOP if kind in self.messages):
@@ -169,27 +170,12 @@ class Links:
                     group = new_group(sorted((source, target)), self.mesh.activity)
                     if here == source:
                         peer = dist.get_group_rank(group, target)
-                        mine.append(_Outgoing(peer, target, group))
-                        self._outgoing[kind] = mine[-1]
+                        self._outgoing[kind] = _Outgoing(peer, target, group)
+                        mine.append((target, self._outgoing[kind]))
                     if here == target:
-                        mine.append(_Incoming(dist.get_group_rank(group, source), source, group))
-                        self._incoming[kind] = mine[-1]
+                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), source, group)
+                        mine.append((source, self._incoming[kind]))
         return mine
-
-    def _warm_up(self, channels: Sequence[_Outgoing | _Incoming]) -> None:
-        """Send one element over every channel, so that no connection is made inside a step.
-
-        One channel after the other, in the one order of all ranks: NCCL holds a rank up at its first call on a channel until
-        the other end has come to it too.
-        """
-        works = []
-        for channel in channels:
-            other = channel.target if isinstance(channel, _Outgoing) else channel.source
-            with self.mesh.activity.waiting("a connection", (other,)):
-                works.append(channel.start(torch.zeros(1, device=self.mesh.device)))
-        with self.mesh.activity.waiting("its connections", self.mesh.pp.ranks):
-            for work in works:
-                work.wait()
 
     def _waiting(self, what: str, channel: _Incoming) -> Doing:
         """Return the context of waiting for a channel's other end."""
