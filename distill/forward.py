@@ -98,18 +98,7 @@ def run_forward(
         if done[index].keys() == kinds:
             consume(batch, done.pop(index))
 
-    @cache
-    def plan_of(num_microbatches: int) -> Plan:
-        plan = forward_only(
-            num_ranks=size,
-            num_microbatches=num_microbatches,
-            student=bool(students),
-            teacher=teacher is not None,
-            num_slices=teacher.num_slices if teacher is not None else 1,
-            virtual_stages=len(students) or 1,
-        )
-        return add_communication(plan)
-
+    plan_of = _plans(size, students, teacher)
     # In order, because both models' hidden states are looked at when the second of them is there.
     executor = Executor(
         {Kind.F: forward, Kind.K: forward}, links, rank=rank, place=mesh.describe(), in_order=True
@@ -120,3 +109,23 @@ def run_forward(
     for first in range(0, len(microbatches), max(1, most)):
         executor.run(plan_of(min(most, len(microbatches) - first)), first_microbatch=first)
     executor.close()
+
+
+def _plans(
+    num_ranks: int, students: Sequence[StageModel], teacher: StageModel | None
+) -> Callable[[int], Plan]:
+    """Return what makes the plan of so many micro-batches, each once."""
+
+    @cache
+    def plan_of(num_microbatches: int) -> Plan:
+        plan = forward_only(
+            num_ranks=num_ranks,
+            num_microbatches=num_microbatches,
+            student=bool(students),
+            teacher=teacher is not None,
+            num_slices=teacher.num_slices if teacher is not None else 1,
+            virtual_stages=len(students) or 1,
+        )
+        return add_communication(plan)
+
+    return plan_of
