@@ -140,7 +140,7 @@ class Train:
     tokens: int | None = None
     """Tokens of a round, in place of `steps`: as many steps as that takes with every position of every row filled."""
     seed: int = 0
-    """Seed of the order of the data and of every random number."""
+    """Seed of the order of the data and of every random number; what is held out does not depend on it."""
     dtype: str = "bfloat16"
     """Type of weights and activations in the forward pass: `bfloat16`, `float32` or `float64`."""
     recompute: str = "none"

@@ -1,8 +1,9 @@
 """Read the documents of a corpus and part them into training and held-out text.
 
 Decides: what one document is (a topic of `pydoc`, a .txt file, a record of JSONL, parquet or a hub data set), and which
-documents are held out: by a seeded hash of their content, so that neither their order nor the rank matters and two equal
-documents never end up on both sides. Reading is done by `datasets`, whose Arrow files are memory-mapped: a corpus may be
+documents are held out: by a hash of their content, so that neither their order nor the rank nor the run's seed matters (a
+student is never judged on what another run, such as its teacher's, has trained on), and two equal documents never end up on
+both sides. Reading is done by `datasets`, whose Arrow files are memory-mapped: a corpus may be
 larger than memory. Assumes UTF-8. Does not tokenise.
 """
 
@@ -25,6 +26,8 @@ Part = Literal["train", "held_out"]
 PYDOC = "pydoc"
 _NEAR = 0.5
 """How far before the place asked for a text may be cut, in parts of what is held out."""
+_SALT = b"0 "
+"""Decides what is held out. With another one, students trained before would be judged on what they have read."""
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _WANTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or the word pydoc"
 
@@ -80,10 +83,10 @@ def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset
     return whole.select(visible)
 
 
-def select_part(documents: Dataset, *, part: Part, held_out_fraction: float, seed: int) -> Dataset:
+def select_part(documents: Dataset, *, part: Part, held_out_fraction: float) -> Dataset:
     """Return the documents of one part, in their order; the parts share no document and leave none out.
 
-    Documents are held out in the order of their seeded hash while they fit into `held_out_fraction` of all characters (one
+    Documents are held out in the order of their hash while they fit into `held_out_fraction` of all characters (one
     that does not fit is passed over; the shortest is held out if none fits). Of a corpus of one document the end is held out,
     cut off at a blank line.
 
@@ -91,7 +94,6 @@ def select_part(documents: Dataset, *, part: Part, held_out_fraction: float, see
         documents: a data set with a column `text`.
         part: which side.
         held_out_fraction: share of the characters to hold out, 0 up to but not including 1; 0 holds out nothing.
-        seed: another seed, another choice.
     """
     if held_out_fraction > 0 and len(documents) == 1:
         train, held_out = _cut_in_two(documents["text"][0], held_out_fraction)
@@ -103,17 +105,17 @@ def select_part(documents: Dataset, *, part: Part, held_out_fraction: float, see
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         digests.append(digest)
         sizes[digest] = sizes.get(digest, 0) + len(text)
-    held_out = _choose(sizes, held_out_fraction, seed)
+    held_out = _choose(sizes, held_out_fraction)
     return documents.select([i for i, d in enumerate(digests) if (d in held_out) == (part == "held_out")])
 
 
-def _choose(sizes: dict[bytes, int], fraction: float, seed: int) -> set[bytes]:
+def _choose(sizes: dict[bytes, int], fraction: float) -> set[bytes]:
     """Choose the contents to hold out, by their sizes in characters."""
     if fraction <= 0 or len(sizes) < 2:
         return set()
     budget = fraction * sum(sizes.values())
     chosen: set[bytes] = set()
-    for digest in sorted(sizes, key=lambda content: hashlib.blake2b(b"%d " % seed + content).digest()):
+    for digest in sorted(sizes, key=lambda content: hashlib.blake2b(_SALT + content).digest()):
         if sizes[digest] <= budget:
             chosen.add(digest)
             budget -= sizes[digest]

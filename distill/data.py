@@ -74,7 +74,6 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     part: Part,
-    seed: int,
     cache_dir: Path,
     source: int | None = None,
     show_progress: bool = False,
@@ -85,7 +84,6 @@ def load_rows(
         data: the `data` group of the configuration.
         tokenizer: of the teacher; fast, with an EOS token.
         part: "train" or "held_out"; the two share no document.
-        seed: of the choice which documents are held out.
         cache_dir: where rows and Arrow files are kept; every rank may call, a run best lets one rank be first.
         source: index of the one entry of `data.path` whose documents to take; what is held out does not depend on it.
         show_progress: show bars while reading and tokenising.
@@ -94,7 +92,7 @@ def load_rows(
     """
     cutter = Cutter.create(tokenizer, seq_len=data.seq_len, split_sentences=data.split_sentences)
     whole = read_documents(data, cache_dir=cache_dir, show_progress=show_progress)
-    documents = select_part(whole, part=part, held_out_fraction=data.held_out_fraction, seed=seed)
+    documents = select_part(whole, part=part, held_out_fraction=data.held_out_fraction)
     if source is not None:
         documents = documents.select([i for i, each in enumerate(documents["source"]) if each == source])
     if not len(documents):

@@ -63,7 +63,6 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
             data,
             tokenizer,
             part=part,
-            seed=config.train.seed,
             cache_dir=Path(data.cache_dir) / "corpora",
             source=source,
             show_progress=show_progress,

@@ -63,7 +63,7 @@ MOMENTS = (
 )
 """40 steps of `WIDE`, then 20 of `HALF`, with the moments cut by the weights' indices or without."""
 AGAIN = {"train.seed": 1}
-"""The rows in another order."""
+"""The same rows in another order; what is held out stays the same."""
 
 STUDENTS: dict[str, dict[str, object]] = {
     "half": HALF | {"train.tokens": LONG},

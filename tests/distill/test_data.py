@@ -152,14 +152,12 @@ def test_load_rows_keeps_the_parts_apart(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     names: dict[str, set[str]] = {}
     for part in ("train", "held_out"):
-        loaded = load_rows(_data(tmp_path), tokenizer, part=part, seed=0, cache_dir=tmp_path / "cache")
+        loaded = load_rows(_data(tmp_path), tokenizer, part=part, cache_dir=tmp_path / "cache")
         text = " ".join(tokenizer.decode(loaded[i].input_ids_S) for i in range(len(loaded)))
         names[part] = {word for word in text.split("Document ")[1:] for word in [word.split(".")[0]]}
     assert not names["train"] & names["held_out"] and len(names["train"] | names["held_out"]) == 40
-    again = load_rows(_data(tmp_path), tokenizer, part="held_out", seed=0, cache_dir=tmp_path / "cache")
+    again = load_rows(_data(tmp_path), tokenizer, part="held_out", cache_dir=tmp_path / "cache")
     assert again.folder == loaded.folder
-    other = load_rows(_data(tmp_path), tokenizer, part="held_out", seed=1, cache_dir=tmp_path / "cache")
-    assert other.folder != loaded.folder
 
 
 def test_an_empty_part_is_refused(tmp_path: Path) -> None:
@@ -170,14 +168,13 @@ def test_an_empty_part_is_refused(tmp_path: Path) -> None:
             _data(tmp_path, held_out_fraction=0.0),
             tiny_tokenizer(),
             part="held_out",
-            seed=0,
             cache_dir=tmp_path / "c",
         )
 
 
 def _load_on_each_rank(folder: Path) -> tuple[str, int, int]:
     data = Data(path=str(folder / "corpus.jsonl"), seq_len=64)
-    loaded = load_rows(data, tiny_tokenizer(), part="train", seed=0, cache_dir=folder / "cache")
+    loaded = load_rows(data, tiny_tokenizer(), part="train", cache_dir=folder / "cache")
     return str(loaded.folder), len(loaded), int(loaded[0].input_ids_S.sum())
 
 
@@ -195,7 +192,7 @@ def test_sources_share_what_is_held_out(tmp_path: Path) -> None:
         texts = [f"{path.stem} {index:02d} is here" for index in range(30)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = Data(path=tuple(map(str, paths)), seq_len=32, held_out_fraction=0.3)
-    load = {"tokenizer": tiny_tokenizer(), "seed": 3, "cache_dir": tmp_path / "cache"}
+    load = {"tokenizer": tiny_tokenizer(), "cache_dir": tmp_path / "cache"}
 
     def texts_of(rows: Rows) -> set[tuple[int, ...]]:
         texts = set()
