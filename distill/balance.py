@@ -158,12 +158,7 @@ def _num_slices(config: Config, work: Profile, split: Split) -> int:
     pipeline = config.pipeline
     longest = max(len(layers) for layers in split.teacher)
     if pipeline.slices is not None:
-        if pipeline.slices > longest:
-            raise ConfigError(
-                f"pipeline.slices={pipeline.slices} is more than the {longest} layers of the teacher's longest stage; use at most "
-                f"{longest}"
-            )
-        return pipeline.slices
+        return min(pipeline.slices, longest)
     if pipeline.teacher != "fill" or config.mesh.pp == 1 or not config.needs_teacher:
         return 1
     student = make_step_plan(config, teacher=None, num_slices=1)

@@ -31,7 +31,7 @@ from distill.config import Config
 from distill.costs import Split
 from distill.data import MicroBatch
 from distill.head import compute_dtype
-from distill.hidden_map import PROJECTION, Pair, check_widths, first_projection, kept_of, layer_pairs
+from distill.hidden_map import PROJECTION, Pair, check_widths, first_projection, layer_pairs, shared_with
 from distill.loading import Models
 from distill.packing import IGNORE
 from parallel.gradients import WeightGradients, accumulate_outer_, grad_target
@@ -245,17 +245,15 @@ def open_hidden(
     hidden = config.loss.hidden
     if not hidden.is_on:
         return None
-    same_origin = models.origin_folder == models.teacher_folder
-    kept = kept_of(models.student_folder, config.teacher.model, same_origin=same_origin)
-    if kept is None and hidden.layers is None and mesh.world.is_first:
+    shared = shared_with(models.student_folder, models.teacher_folder, config.teacher.model)
+    if shared.layers is None and hidden.layers is None and mesh.world.is_first:
         print(
-            f"hidden states: {models.student_folder} was not cut out of {config.teacher.model}, as far as it tells; layers of "
-            "the same relative depth are compared",
+            f"hidden states: {config.teacher.model} does not have the layers that {models.student_folder} was cut from, as far as "
+            "it tells; layers of the same relative depth are compared",
             flush=True,
         )
     widths = {"student_width": students[0].config.hidden_size, "teacher_width": teacher.config.hidden_size}
-    check_widths(config, **widths, is_cut=kept is not None)
-    channels = None if kept is None else kept.hidden
+    check_widths(config, **widths, shares_channels=shared.channels is not None)
     learned = hidden.projection == "learned"
     return HiddenTerm(
         mesh,
@@ -263,7 +261,7 @@ def open_hidden(
             hidden,
             student_layers=models.split.student[-1].stop,
             teacher_layers=models.split.teacher[-1].stop,
-            kept=kept,
+            shared=shared.layers,
         ),
         split=models.split,
         message=Message(
@@ -272,8 +270,8 @@ def open_hidden(
         ),
         kind=hidden.kind,
         students=students,
-        first=partial(first_projection, **widths, channels=channels, seed=config.train.seed)
+        first=partial(first_projection, **widths, channels=shared.channels, seed=config.train.seed)
         if learned
         else None,
-        channels=None if learned else channels,
+        channels=None if learned else shared.channels,
     )

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
-from distill.hidden_map import check_widths, kept_of
+from distill.hidden_map import check_widths, shared_with, was_cut
 from distill.model_checks import check_models
 from distill.pretrained import check_tokenizers, load_config, resolve_model
 from distill.ranks import find_targets
@@ -27,7 +27,7 @@ from distill.shape import planned_config
 from distill.sparsity_checks import check_sparse
 from parallel.collectives import broadcast_object
 from parallel.mesh import Axis, Mesh
-from parallel.model import StageModel, build_stage
+from parallel.model import StageModel, build_meta_model, build_stage, stage_names
 from parallel.plan import UnsupportedModel
 from parallel.weights import WeightsError, load_weights
 
@@ -114,20 +114,20 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     if origin_folder != teacher_folder:
         first_rank_does(mesh, lambda: alike(teacher_folder, origin_folder, key="teacher.model"))
     student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
-    same_origin = origin_folder == teacher_folder
-    known = first_rank_does(
-        mesh, lambda: kept_of(student_folder, config.teacher.model, same_origin=same_origin) is not None
-    )
     check_widths(
         config,
         student_width=student_config.hidden_size,
         teacher_width=teacher_config.hidden_size,
-        is_cut=same_origin if ready is None else known,
+        shares_channels=first_rank_does(
+            mesh,
+            # Of one that is still to be cut it shows when it is.
+            lambda: (
+                origin_folder == teacher_folder or was_cut(teacher_folder, lineage.origin)
+                if ready is None
+                else shared_with(student_folder, teacher_folder, config.teacher.model).channels is not None
+            ),
+        ),
     )
-    try:
-        split = split_models(config, teacher_config, student_config)
-    except UnsupportedModel as error:
-        raise ConfigError(f"teacher.model={config.teacher.model}: {error}") from error
     return Models(
         teacher_folder=teacher_folder,
         teacher_config=teacher_config,
@@ -137,7 +137,7 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
         student_folder=student_folder,
         previous_folder=lineage.previous,
         needs_cut=ready is None,
-        split=split,
+        split=split_models(config, teacher_config, student_config),
     )
 
 
@@ -157,24 +157,40 @@ def checked_student(
     Raises:
         ConfigError: what does not fit, or a shape that cannot be had.
     """
+    _check_family(config, "teacher.model", teacher_config)
     possible = [ready]
     if ready is None:
         origin_config = origin_config or teacher_config
         check_models(config, teacher_config, origin_config)
-        shapes = shapes_of(config, origin_config)
-        possible = [planned_config(origin_config, candidate.shape) for candidate in shapes]
-    layers_differ = config.student.prune.per_layer if ready is None else ready.is_heterogeneous
+        possible = planned_configs(config, origin_config)
+    else:
+        _check_family(config, "student.model", ready)
     for student_config in possible:
-        _check_student(config, teacher_config, student_config, layers_differ=layers_differ)
+        _check_student(config, teacher_config, student_config)
     return possible[0]
 
 
+def planned_configs(config: Config, origin_config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Return what the student may look like that is pruned out of a model: of a budget every candidate.
+
+    Raises:
+        ConfigError: a shape or a budget that cannot be had.
+    """
+    shapes = shapes_of(config, origin_config)
+    return [planned_config(origin_config, candidate.shape) for candidate in shapes]
+
+
+def _check_family(config: Config, key: str, model_config: PretrainedConfig) -> None:
+    """Raise ConfigError unless a model of this family can be cut into stages."""
+    try:
+        stage_names(build_meta_model(model_config))
+    except UnsupportedModel as error:
+        name = config.teacher.model if key == "teacher.model" else config.student.model
+        raise ConfigError(f"{key}={name}: {error}") from error
+
+
 def _check_student(
-    config: Config,
-    teacher_config: PretrainedConfig,
-    student_config: PretrainedConfig,
-    *,
-    layers_differ: bool,
+    config: Config, teacher_config: PretrainedConfig, student_config: PretrainedConfig
 ) -> None:
     check_models(config, teacher_config, student_config)
     check_sparse(config.student.sparsity, student_config)
@@ -183,7 +199,8 @@ def _check_student(
     if not config.student.low_rank.is_asked:
         return
     find_targets(config.student.low_rank, student_config, tp=config.mesh.tp)
-    if config.export.low_rank == "factored" and layers_differ:
+    differ = student_config.is_heterogeneous or config.student.prune.per_layer
+    if config.export.low_rank == "factored" and differ:
         raise ConfigError(
             "export.low_rank=factored does not go with layers of different widths (student.prune.per_layer, or the "
             "student's own); use merged"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config, ConfigError
 from distill.convert import show
-from distill.hidden_map import check_widths, kept_of
-from distill.loading import checked_student, first_rank_does
+from distill.hidden_map import check_widths, shared_with, was_cut
+from distill.loading import checked_student, first_rank_does, planned_configs
 from distill.pretrained import check_tokenizers, load_config, resolve_model
 from distill.rounds import lineage_of, round_folder
 from parallel.mesh import Mesh
@@ -66,31 +66,43 @@ class _Checks:
         return self._found[name, key]
 
     def look_at(self, index: int, *, judges: bool) -> None:
-        """Plan the student of a round, and check the round if asked to."""
+        """Plan the student of a round, and check the round if asked to; what has begun was checked when it did."""
         settings, lineage = self._rounds[index], lineage_of(self._rounds, index)
-        teacher = self._teacher(index) if judges else self._origin
-        ready, is_cut = None, teacher is self._origin
+        folder, ready = None, None
         if lineage.begins is None:
             folder, ready = self._find(settings, settings.student.model, "student.model")
-            is_cut = kept_of(folder, settings.teacher.model, same_origin=is_cut) is not None
-        if judges and lineage.made_in == index:
+        if not judges:
+            self._students.append(ready or planned_configs(settings, self._origin)[0])
+            return
+        teacher_folder, teacher = self._teacher(index)
+        if lineage.made_in == index:
             self._check_ready(index)
         student = checked_student(settings, teacher, ready, origin_config=self._origin)
-        if judges:
-            check_widths(
-                settings, student_width=student.hidden_size, teacher_width=teacher.hidden_size, is_cut=is_cut
-            )
+        check_widths(
+            settings,
+            student_width=student.hidden_size,
+            teacher_width=teacher.hidden_size,
+            shares_channels=self._may_share(settings, folder, teacher_folder),
+        )
         self._students.append(student)
 
-    def _teacher(self, index: int) -> PretrainedConfig:
-        """Return the config of a round's teacher, which speaks the language of the first round's."""
+    def _may_share(self, settings: Config, student: Path | None, teacher: Path | None) -> bool:
+        """Return whether the teacher may have the student's channels; None: a folder that is not there yet."""
+        if teacher is None or teacher == self._origin_folder and student is None:
+            return True
+        if student is None:
+            return was_cut(teacher, self._rounds[0].teacher.model)
+        return shared_with(student, teacher, settings.teacher.model).channels is not None
+
+    def _teacher(self, index: int) -> tuple[Path | None, PretrainedConfig]:
+        """Return a round's teacher, which speaks the language of the first round's; None for what a round will leave."""
         settings = self._rounds[index]
         name = settings.teacher.model
         for earlier, student in enumerate(self._students):
             if name == str(round_folder(self._folder, earlier)):
-                return student
+                return None, student
         if name == self._rounds[0].teacher.model:
-            return self._origin
+            return self._origin_folder, self._origin
         folder, config = self._find(settings, name, "teacher.model")
         check_tokenizers(
             folder,
@@ -98,7 +110,7 @@ class _Checks:
             key="teacher.model",
             trust_remote_code=settings.teacher.trust_remote_code,
         )
-        return config
+        return folder, config
 
     def _check_ready(self, index: int) -> None:
         """Check that a student that was ready can be cut anew in round `index`, and is told how."""
@@ -107,7 +119,7 @@ class _Checks:
         if name is None or lineage_of(self._rounds, index - 1).made_in > 0:
             return
         folder, _ = self._find(first, name, "student.model")
-        if kept_of(folder, first.teacher.model, same_origin=True) is None:
+        if not was_cut(folder, first.teacher.model):
             raise ConfigError(
                 f"student.model={show(name)} was not cut out of {first.teacher.model}, so no round can cut or factor it anew; "
                 "leave student.prune and student.low_rank as they are in the first round"

@@ -29,7 +29,6 @@ from launch.ranks import choose_device
 from parallel.gradients import main_dtype
 from parallel.pipeline.partition import Layers
 from parallel.pipeline.simulate import Costs
-from parallel.plan import UnsupportedModel
 from parallel.update_rules import element_bytes
 
 if TYPE_CHECKING:
@@ -58,8 +57,6 @@ def measured_jobs(
     for case in cases:
         try:
             fitting.append((case, _student(config, case, options, teacher, ready)))
-        except UnsupportedModel as error:
-            raise ConfigError(f"teacher.model={config.teacher.model}: {error}") from error
         except ConfigError as error:
             if options.devices is None:
                 raise

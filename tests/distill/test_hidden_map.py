@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from distill.config import Config, ConfigError, Hidden, Loss
-from distill.hidden_map import check_widths, first_projection, kept_of, layer_pairs, mapped_layers
+from distill.hidden_map import (
+    check_widths,
+    first_projection,
+    layer_pairs,
+    mapped_layers,
+    shared_with,
+    was_cut,
+)
 from distill.kept import Kept
 from distill.prune import KEPT_FILE, KEPT_FOLDER
 
@@ -44,7 +51,9 @@ def test_every_nth_layer_from_the_last_one_down() -> None:
 def test_counterparts(
     hidden: Hidden, sizes: tuple[int, int], kept: Kept | None, expected: list[tuple[int, int]]
 ) -> None:
-    pairs = layer_pairs(hidden, student_layers=sizes[0], teacher_layers=sizes[1], kept=kept)
+    pairs = layer_pairs(
+        hidden, student_layers=sizes[0], teacher_layers=sizes[1], shared=None if kept is None else kept.layers
+    )
     assert [tuple(pair) for pair in pairs] == expected
 
 
@@ -66,25 +75,55 @@ def test_a_projection_starts_where_it_is_right() -> None:
     assert drawn[0].std().item() == pytest.approx(1 / 8, rel=0.05)
 
 
-def test_kept_units_count_where_the_student_is_a_cut_of_this_teacher(tmp_path: Path) -> None:
-    assert kept_of(tmp_path, "big", same_origin=True) is None
-    (tmp_path / KEPT_FOLDER).mkdir()
-    KEPT.save(tmp_path / KEPT_FOLDER / KEPT_FILE, {"teacher": "big"})
-    found = kept_of(tmp_path, "big", same_origin=True)
-    assert found is not None and found.layers == KEPT.layers
-    assert kept_of(tmp_path, "other", same_origin=True) is None
-    assert kept_of(tmp_path, "big", same_origin=False) is None
+def _cut(folder: Path, kept: Kept, model: str) -> Path:
+    (folder / KEPT_FOLDER).mkdir(parents=True)
+    kept.save(folder / KEPT_FOLDER / KEPT_FILE, {"teacher": model})
+    return folder
+
+
+def _kept(layers: tuple[int, ...], hidden: list[int]) -> Kept:
+    ffn, groups = ({layer: torch.tensor([0]) for layer in layers} for _ in range(2))
+    return Kept(torch.tensor(hidden), ffn, groups, layers)
+
+
+def test_the_teacher_has_what_the_student_was_cut_from(tmp_path: Path) -> None:
+    teacher, plain = tmp_path / "teacher", tmp_path / "plain"
+    student = _cut(tmp_path / "student", KEPT, "big")
+    assert was_cut(student, "big") and not was_cut(student, "other") and not was_cut(plain, "big")
+    layers, channels = shared_with(student, teacher, "big")
+    assert layers == KEPT.layers and channels.tolist() == KEPT.hidden.tolist()
+    assert shared_with(student, teacher, "other") == (None, None)
+    assert shared_with(plain, teacher, "big") == (None, None)
+
+
+def test_an_assistant_has_what_it_kept_too(tmp_path: Path) -> None:
+    """Both count the units of the model that they were cut out of, not each other's."""
+    student = _cut(tmp_path / "student", KEPT, "big")
+    corrected = _cut(tmp_path / "corrected", _kept(tuple(range(8)), list(range(6))), "big")
+    layers, channels = shared_with(student, corrected, str(corrected))
+    assert layers == KEPT.layers and channels.tolist() == [0, 2, 5]
+    assistant = _cut(tmp_path / "assistant", _kept((0, 2, 3, 4, 7), [0, 1, 2, 4, 5]), "big")
+    layers, channels = shared_with(student, assistant, str(assistant))
+    assert layers == (0, 2, 3, 4) and channels.tolist() == [0, 2, 4]
+    # A student that grows beyond its assistant, in depth or in width.
+    shallow = _cut(tmp_path / "shallow", _kept((0, 3, 4), [0, 2, 5]), "big")
+    layers, channels = shared_with(student, shallow, str(shallow))
+    assert layers is None and channels.tolist() == [0, 1, 2]
+    narrow = _cut(tmp_path / "narrow", _kept((0, 3, 4, 7), [0, 2]), "big")
+    assert shared_with(student, narrow, str(narrow)) == ((0, 1, 2, 3), None)
+    foreign = _cut(tmp_path / "foreign", KEPT, "another")
+    assert shared_with(student, foreign, str(foreign)) == (None, None)
 
 
 def test_no_projection_needs_channels_to_compare() -> None:
     config = Config(loss=Loss(hidden=Hidden(weight=1.0, projection="none")))
     with pytest.raises(ConfigError) as caught:
-        check_widths(config, **WIDTHS, is_cut=False)
+        check_widths(config, **WIDTHS, shares_channels=False)
     assert str(caught.value) == (
-        "loss.hidden.projection=none needs one hidden_size, but the student has 3, the teacher 6, and the student was "
-        "not cut out of it; use learned"
+        "loss.hidden.projection=none needs one hidden_size, but the student has 3, the teacher 6, which does not have "
+        "the channels that the student kept; use learned"
     )
-    check_widths(config, **WIDTHS, is_cut=True)
-    check_widths(config, student_width=6, teacher_width=6, is_cut=False)
+    check_widths(config, **WIDTHS, shares_channels=True)
+    check_widths(config, student_width=6, teacher_width=6, shares_channels=False)
     for hidden in (Hidden(projection="none"), Hidden(weight=1.0)):
-        check_widths(replace(config, loss=Loss(hidden=hidden)), **WIDTHS, is_cut=False)
+        check_widths(replace(config, loss=Loss(hidden=hidden)), **WIDTHS, shares_channels=False)

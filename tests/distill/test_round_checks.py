@@ -79,6 +79,27 @@ def test_rounds_that_can_be_done_pass(teacher: Path, cut: Path) -> None:
     check_later_rounds(settings(teacher, {}, SHALLOW, **ready), Mesh.single(), after=0)
 
 
+def test_rounds_that_have_begun_are_not_held_to_another_teacher(teacher: Path) -> None:
+    """A run is gone on with in its second round, whose teacher is deeper than the first's."""
+    deep = save_tiny(teacher.parent / "deep", tiny_config("qwen3", num_hidden_layers=6))
+    second = {"teacher": {"model": str(deep)}, "loss": {"hidden": {"weight": 1, "layers": [[1, 5]]}}}
+    for after in (0, 1):
+        check_later_rounds(settings(teacher, {}, second, SHALLOW), Mesh.single(), after=after)
+
+
+def test_no_projection_between_widths_needs_channels_that_the_teacher_has(teacher: Path, cut: Path) -> None:
+    narrow = {"student": {"prune": {"hidden_size": 16}}}
+    term = {"loss": {"hidden": {"weight": 1, "projection": "none"}}}
+    chain = {"teacher": {"model": "previous"}, "student": {"prune": {"hidden_size": 8}}, **term}
+    check_later_rounds(settings(teacher, narrow, narrow | term), Mesh.single(), after=0)
+    check_later_rounds(settings(teacher, narrow, chain), Mesh.single(), after=0)
+    other = save_tiny(teacher.parent / "wide", tiny_config("qwen3", hidden_size=64))
+    apart = narrow | term | {"teacher": {"model": str(other)}}
+    assert refused(settings(teacher, {}, apart)).startswith(
+        "rounds[1]: loss.hidden.projection=none needs one"
+    )
+
+
 def test_a_ready_student_is_cut_only_where_its_units_are_known(teacher: Path, cut: Path) -> None:
     plain = save_tiny(teacher.parent / "plain", tiny_config("qwen3", num_hidden_layers=3))
     for later in (SHALLOW, {"student": {"low_rank": {"ratio": 0.5}}}):
