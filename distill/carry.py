@@ -1,8 +1,8 @@
-"""An optimizer's state over a cut: each entry that the new student has from the one before keeps its own.
+"""An optimizer's state and mask over a cut: each entry that the new student has from the one before keeps its own.
 
-Decides that the state (AdamW's moments, or what another rule has) follows the indices by which the weights were cut (`distill.recut`), whichever layouts the two rounds
-have, and that what came back from the teacher, is a factor of a low rank on either side, or is trained beside the model
-(projections) starts without any. Weights come from the cut student's folder. A cut of the residual width rescales norms
+Decides that the state (AdamW's moments, or what another rule has), and what is held at zero, follow the indices by which the
+weights were cut (`distill.recut`), whichever layouts the two rounds have, and that what came back from the teacher, is a factor
+of a low rank on either side, or is trained beside the model (projections) starts without any. Weights come from the cut student's folder. A cut of the residual width rescales norms
 (`distill.prune`); their moments keep the old scale, which AdamW forgets within 1 / (1 - beta) steps. One whole tensor is
 in memory at a time.
 """
@@ -21,22 +21,22 @@ from parallel.optimizer import StageOptimizer
 
 
 @torch.no_grad()
-def carry_moments(
+def carry_state(
     files: CheckpointFiles,
     optimizer: StageOptimizer,
     *,
-    updates: int,
+    updates: int | None,
     teacher_shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
     old: Kept,
     new: Kept,
 ) -> None:
-    """Fill this rank's state from the checkpoint of a student that was cut differently.
+    """Fill this rank's state, and its mask if it has one, from the checkpoint of a student that was cut differently.
 
     Args:
         files: tensors of the checkpoint.
         optimizer: of the new student.
-        updates: that the checkpoint's state has seen.
+        updates: that the checkpoint's state has seen; None leaves the state as at the start, and brings the mask alone.
         teacher_shapes: shape of each parameter of the teacher, by name.
         sizes: the teacher's.
         old, new: units of the teacher that the checkpoint's student and the new one keep.
@@ -45,11 +45,15 @@ def carry_moments(
     Collectives: those of `StageOptimizer.reset_moments` and `set_updates`.
     """
     optimizer.reset_moments()
+    wanted = {"mask"} if updates is None else {"mask", *optimizer.kinds}
     for entry, parts in optimizer.state():
         name = teacher_name(entry.name, new)
         before = student_name(name, old) if name in teacher_shapes else None
         for kind, part in parts.items():
-            if kind in ("weight", "mask") or before is None or _is_factored(files, f"{kind}/{before}"):
+            if kind not in wanted or before is None or _is_factored(files, f"{kind}/{before}"):
+                continue
+            if kind == "mask" and f"{kind}/{before}" not in files.names:
+                # Nothing was held in the round before.
                 continue
             layout = layout_of(name, teacher_shapes[name], sizes)
             try:
@@ -61,7 +65,8 @@ def carry_moments(
             if entry.shard is not None:
                 whole = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
             part.write(whole.flatten()[part.start : part.stop])
-    optimizer.set_updates(updates)
+    if updates is not None:
+        optimizer.set_updates(updates)
 
 
 def _is_factored(files: CheckpointFiles, name: str) -> bool:

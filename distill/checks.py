@@ -115,6 +115,7 @@ def check_config(
         # An earlier round's student is not there yet.
         own = round_config(config, index).teacher == settings.teacher
         _check_paths(settings if own else replace(settings, teacher=config.teacher), needs)
+    _check_sparsity([settings.student.sparsity for settings in rounds])
     check_judging(config.evaluate)
     if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"log.wandb={config.log.wandb} needs wandb, which is not installed; use disabled")
@@ -162,6 +163,16 @@ def _check_ratio(config: Config, index: int, prune: Prune) -> None:
             f"rounds[{index}].{key}={prune.pruning_ratio} does nothing beside student.prune.{name}={show(value)}; leave "
             f"it out, or set {name} to null for this round"
         )
+
+
+def _check_sparsity(rounds: Sequence[Sparsity]) -> None:
+    """Check that no round asks to hold less than the one before: what is held stays held."""
+    for index, (before, now) in enumerate(pairwise(rounds), start=1):
+        if before.method is not None and now.method is not None and now.share < before.share:
+            raise ConfigError(
+                f"rounds[{index}].student.sparsity holds {now.share:g} of the weights at zero, but the round before {before.share:g}, "
+                f"and what is held stays held; use a ratio of {before.share:g} or more, or method: null, which lets all weights train"
+            )
 
 
 def _check_values(flat: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Decides: a round with the student of the round before goes on from its weights and moments, bit for bit; one that cuts its
 student anew takes the weights from the cut folder (so that a master of a bfloat16 run is rounded once, there) and cuts
-the moments by the same indices (`distill.carry`), unless they are reset. Projections of hidden states begin anew there.
+the moments, unless they are reset, and what is held at zero by the same indices (`distill.carry`). Projections of hidden states
+begin anew there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill.atomic import remove_whole
-from distill.carry import carry_moments
+from distill.carry import carry_state
 from distill.companions import read_settings
 from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, flatten, show
@@ -178,7 +179,7 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
         recut: whether the session's student was cut anew since.
     Raises:
         ConfigError: the checkpoint does not fit.
-    Collectives: those of `checkpoint.restore` or `carry_moments`.
+    Collectives: those of `checkpoint.restore` or `carry_state`.
     """
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
     try:
@@ -191,8 +192,8 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
             )
             if begins and moments == "reset":
                 optimizer.reset_moments()
-        elif moments == "keep":
-            _carry(found, session)
+        elif moments == "keep" or session.sparsifier is not None:
+            _carry(found, session, with_moments=moments == "keep")
     except CheckpointError as error:
         raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
 
@@ -203,17 +204,17 @@ def _of_a_round(name: str) -> bool:
     return kind == "mask" or parameter.startswith(PROJECTION)
 
 
-def _carry(found: Path, session: Session) -> None:
+def _carry(found: Path, session: Session, *, with_moments: bool) -> None:
     models = session.models
     manifest = read_manifest(found)
     shapes = {
         name: tuple(each.shape) for name, each in build_meta_model(models.origin_config).named_parameters()
     }
     with checkpoint.open_files(found, manifest) as files:
-        carry_moments(
+        carry_state(
             files,
             session.step.optimizer,
-            updates=manifest.updates,
+            updates=manifest.updates if with_moments else None,
             teacher_shapes=shapes,
             sizes=Sizes.of(models.origin_config),
             old=load_kept(models.previous_folder)[0],

@@ -62,6 +62,11 @@ class Sparsity:
     steps: int | None = None
     """Optimizer steps over which the share rises with `cubic` and `linear`; null takes half of `train.steps`."""
 
+    @property
+    def share(self) -> float:
+        """Share of the weights that are held in the end."""
+        return 0.5 if self.pattern == "2:4" else self.ratio
+
 
 @dataclass(frozen=True)
 class LowRank:

@@ -5,7 +5,8 @@ is some whole decoder layers, the last ones first, as backward completes them, s
 while earlier layers are still computed. Each chunk's last bucket holds what only the whole backward completes, and the
 gradients that are partial sums over tp, which are then summed in one piece too. An end of a tie has a bucket of its own,
 equal on both ranks that hold it. Within a bucket those parameters come first that the gradient norm counts on this
-rank: shards on all ranks, replicated and tied parameters on one.
+rank: shards on all ranks, replicated and tied parameters on one. A shard takes the space of the largest of its tp ranks', so that what
+follows lies at one place on all of them.
 
 A bucket is cut into as many equal parts as there are replicas; replica r owns part r of every bucket, in one piece, and its
 own buffers hold these pieces one after the other. Parameters and parts start on multiples of `ALIGNED` elements. The
@@ -14,6 +15,7 @@ gaps hold zeros and stay zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -117,7 +119,7 @@ def lay_out(tables: Sequence[list[Entry]], tp: Axis, bucket_numel: int, *, num_p
             start = counted_stop = at
             for entry in sorted(entries, key=order):
                 slots.append(Slot(entry, at))
-                at = _round_up(slots[-1].stop, ALIGNED)
+                at += _round_up(_space(entry), ALIGNED)
                 counted_stop = at if is_counted(entry, tp) else counted_stop
             at = start + _round_up(at - start, ALIGNED * num_parts)
             buckets.append(Bucket(start, at, layers, counted_stop, is_tied=_is_tied(entries[0])))
@@ -176,6 +178,14 @@ class Ownership:
 
 def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
+
+
+def _space(entry: Entry) -> int:
+    """Return the elements that a parameter has, or the largest of its shards."""
+    if entry.shard is None:
+        return entry.parameter.numel()
+    length = entry.full_shape[entry.shard.dim]
+    return math.prod(entry.full_shape) // length * -(-length // entry.tp.size)
 
 
 def _is_tied(entry: Entry) -> bool:

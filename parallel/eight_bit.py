@@ -88,9 +88,13 @@ def _elements(blocks: slice) -> slice:
 class EightBitUpdater:
     """bitsandbytes' `AdamW8bit` over ranges of flat buffers.
 
+    On a CPU it rounds a moment of 0 to the code next to 0 when others of its block are not 0.
+
     Args:
         numel: length of the state's buffers, all zero at first.
     """
+
+    keeps_zero = False
 
     def __init__(self, options: OptimizerOptions, ranges: Sequence[Range], numel: int) -> None:
         device = ranges[0].parameter.device

@@ -10,7 +10,7 @@ ranks, and replicated and tied parameters once, in a fixed order. Gradients are 
 divided by the global number of valid tokens.
 
 A mask may mark entries that are held at exactly 0, in parameter, master and state. Their gradients are cleared before the
-norm; every rule then leaves a 0 whose state is 0 as it is. Who chooses them is not known here.
+norm; a rule then leaves a 0 whose state is 0 as it is, or is put right after each update. Who chooses them is not known here.
 
 The four pieces are separate because a plan places them: `reduce` (parts of it earlier, with `reduce_bucket`), `norm`,
 `step`, `gather`. The first two may run on a thread beside compute: they use the mesh's gradient axes only.
@@ -230,6 +230,8 @@ class StageOptimizer:
         if not math.isfinite(value):
             return rate
         self._engine.update(rate, clip / (value + 1e-6) if clip and value > clip else 1.0)
+        if self.mask is not None and not self._engine.updater.keeps_zero:
+            self.apply_mask()
         return rate
 
     @torch.no_grad()

@@ -115,6 +115,8 @@ class Updater(Protocol):
     """The state by kind."""
     num_updates: int
     """That the state has seen."""
+    keeps_zero: bool
+    """Whether what is 0, with a state and a gradient of 0, stays exactly 0."""
 
     optimizer: torch.optim.Optimizer
     """What updates the ranges by their gradients."""
@@ -132,6 +134,8 @@ class TorchUpdater:
     Args:
         numel: length of the state's buffers, all zero at first.
     """
+
+    keeps_zero = True
 
     def __init__(self, options: OptimizerOptions, ranges: Sequence[Range], numel: int) -> None:
         rule = RULES[options.name]

@@ -128,7 +128,7 @@ def test_what_was_dropped_comes_back_from_the_teacher(inputs: Inputs, grown: Pat
         pytest.param(
             SHRINKS, "distill.train.export_round", 1, marks=pytest.mark.slow
         ),  # the first round's student is not there yet
-        (SHRINKS, "distill.resume.carry_moments", 1),  # the second round has not begun
+        (SHRINKS, "distill.resume.carry_state", 1),  # the second round has not begun
         pytest.param(GROWS, "parallel.checkpoint.write_shards", 4, marks=pytest.mark.slow),
         (GROWS, "distill.recut.write_student", 1),
     ],
@@ -178,7 +178,7 @@ def test_a_round_is_cut_anew_when_the_one_before_goes_another_way(
 ) -> None:
     arguments = settings(inputs, tmp_path, SHRINKS)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        interrupt(patch, "distill.resume.carry_moments")
+        interrupt(patch, "distill.resume.carry_state")
         call(distill.COMMAND, arguments)
     (tmp_path / "pruned-1" / "model.safetensors").write_bytes(b"of the way before")
     begin = tmp_path / "checkpoints" / "step-00000003"
@@ -260,7 +260,7 @@ def test_layouts_have_one_trajectory(
     ("place", "call_number"),
     [
         ("parallel.checkpoint.write_shards", 4),  # in the middle of the second round
-        ("distill.resume.carry_moments", 1),  # between the rounds
+        ("distill.resume.carry_state", 1),  # between the rounds
     ],
 )
 @pytest.mark.parametrize("layout", ["mesh.pp=2", "mesh.dp=2", "mesh.tp=2"])

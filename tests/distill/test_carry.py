@@ -1,4 +1,4 @@
-"""Moments over a cut: each entry is that of its own unit of the teacher, whatever both students have kept."""
+"""Moments and masks over a cut: each entry is that of its own unit of the teacher, whatever both students have kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.carry import carry_moments
+from distill.carry import carry_state
 from distill.cut_config import student_config
 from distill.importance import random_scores
 from distill.kept import Kept
@@ -39,14 +39,14 @@ NEW = _kept(2, hidden_size=16, num_layers=3, intermediate_size=32, num_key_value
 
 
 def _coded(kind: str, name: str) -> Tensor:
-    """Return a teacher's tensor whose every entry says whose it is; none is 0."""
+    """Return a teacher's tensor whose every entry says whose it is; none is 0. Of a mask every third is held."""
     count = torch.Size(SHAPES[name]).numel()
     code = (
         1
         + torch.arange(count, dtype=torch.float64)
         + 2.0**20 * (zlib.crc32(f"{kind}/{name}".encode()) % 2**20)
     )
-    return code.view(SHAPES[name])
+    return (code % 3 == 0 if kind == "mask" else code).view(SHAPES[name])
 
 
 class _Files:
@@ -56,7 +56,9 @@ class _Files:
         f"{kind}/{student_name(name, OLD)}"
         for name in SHAPES
         if student_name(name, OLD) is not None
-        for kind in ("exp_avg", "exp_avg_sq", "weight")
+        for kind in ("exp_avg", "exp_avg_sq", "weight", "mask")
+        # Only linears are held.
+        if kind != "mask" or "_proj." in name
     )
 
     def read(self, name: str) -> Tensor:
@@ -70,20 +72,25 @@ def _expected(kind: str, own: str) -> Tensor:
     """Return what a parameter of the new student should have: its unit's own, or 0 where the old one had none of it."""
     name = teacher_name(own, NEW)
     layout = layout_of(name, SHAPES[name], SIZES)
-    known = torch.zeros(SHAPES[name], dtype=torch.float64)
-    if student_name(name, OLD) is not None:
+    known = torch.zeros(SHAPES[name], dtype=_coded(kind, name).dtype)
+    if student_name(name, OLD) is not None and (kind != "mask" or "_proj." in name):
         places = [kept_entries(layout, dim, SIZES, OLD) for dim in range(len(layout.dims))]
         known[torch.meshgrid(*places, indexing="ij")] = 1
     return cut(_coded(kind, name) * known, layout, SIZES, NEW)
 
 
-def _carry(layout: dict[str, int]) -> tuple[dict[str, Tensor], int]:
+def _carry(
+    layout: dict[str, int], updates: int | None = 7, *, masked: bool = True
+) -> tuple[dict[str, Tensor], int]:
     mesh = Mesh.create(**layout) if layout else Mesh.single()
     stage = build_stage(student_config(CONFIG, NEW), pp=mesh.pp, tp=mesh.tp, dtype=torch.float64)
     rate = LearningRate(peak=1e-3, warmup_steps=0, total_steps=9)
     optimizer = StageOptimizer.of_stages([stage], mesh, OptimizerOptions(), rate)
-    carry_moments(_Files(), optimizer, updates=7, teacher_shapes=SHAPES, sizes=SIZES, old=OLD, new=NEW)  # type: ignore[arg-type]
-    return whole_state(optimizer, optimizer.kinds), optimizer.num_updates
+    if masked:
+        optimizer.make_mask()
+    carry_state(_Files(), optimizer, updates=updates, teacher_shapes=SHAPES, sizes=SIZES, old=OLD, new=NEW)  # type: ignore[arg-type]
+    kinds = (*optimizer.kinds, "mask") if masked else optimizer.kinds
+    return whole_state(optimizer, kinds), optimizer.num_updates
 
 
 @pytest.mark.parametrize("layout", [{}, {"pp": 1, "dp": 2, "tp": 1}, {"pp": 1, "dp": 1, "tp": 2}])
@@ -91,7 +98,8 @@ def test_every_entry_keeps_its_own(layout: dict[str, int]) -> None:
     assert set(OLD.layers) != set(NEW.layers), "a layer comes back"
     ranks = run_distributed(2, _carry, layout) if layout else [_carry(layout)]
     for state, num_updates in ranks:
-        assert num_updates == 7 and {name.partition("/")[0] for name in state} == {"exp_avg", "exp_avg_sq"}
+        assert num_updates == 7
+        assert {name.partition("/")[0] for name in state} == {"exp_avg", "exp_avg_sq", "mask"}
         zeros = 0
         for name, found in state.items():
             kind, _, own = name.partition("/")
@@ -99,3 +107,13 @@ def test_every_entry_keeps_its_own(layout: dict[str, int]) -> None:
             assert torch.equal(found, expected), name
             zeros += int((expected == 0).sum())
         assert zeros > 0
+
+
+def test_without_moments_what_is_held_comes_alone() -> None:
+    state, num_updates = _carry({}, updates=None)
+    assert num_updates == 0
+    for name, found in state.items():
+        kind, _, own = name.partition("/")
+        expected = _expected(kind, own) if kind == "mask" else torch.zeros_like(found)
+        assert torch.equal(found, expected), name
+    assert set(_carry({}, masked=False)[0]) == {name for name in state if not name.startswith("mask/")}

@@ -23,6 +23,16 @@ def _tables(family: str, tied: bool, num_stages: int, tp: Axis) -> list[list[Ent
     return [parameter_table(build_stage(config, pp=pp, tp=tp)) for pp in stages]
 
 
+def _shorter_by(entry: Entry) -> int:
+    """Return how many elements a shard is shorter by than the first rank's: the vocabulary of 97 is cut into 49 and 48."""
+    if entry.shard is None:
+        return 0
+    length = entry.shard.stop - entry.shard.start
+    return (-(-entry.full_shape[entry.shard.dim] // entry.tp.size) - length) * (
+        entry.parameter.numel() // length
+    )
+
+
 def _check_places(chunks: list[Chunk], tables: list[list[Entry]], tp: Axis, num_parts: int) -> None:
     at = 0
     for chunk, table in zip(chunks, tables, strict=True):
@@ -34,8 +44,9 @@ def _check_places(chunks: list[Chunk], tables: list[list[Entry]], tp: Axis, num_
             inside = [slot for slot in slots if bucket.start <= slot.start < bucket.stop]
             assert inside[0].start == bucket.start
             for one, other in itertools.pairwise(inside):
-                assert one.stop <= other.start < one.stop + ALIGNED and other.start % ALIGNED == 0
-            assert inside[-1].stop <= bucket.stop < inside[-1].stop + unit
+                assert other.start % ALIGNED == 0
+                assert one.stop <= other.start < one.stop + _shorter_by(one.entry) + ALIGNED
+            assert inside[-1].stop <= bucket.stop < inside[-1].stop + _shorter_by(inside[-1].entry) + unit
             for slot in inside:
                 assert is_counted(slot.entry, tp) == (slot.stop <= bucket.counted_stop)
                 assert slot.entry.layer in bucket.layers or not bucket.layers
@@ -81,6 +92,22 @@ def test_places(family: str, tied: bool, tp: Axis, num_stages: int, bucket_numel
             assert len(early) == 1
         elif num_stages == 1 and tp.size == 1:
             assert 1 < len(early) < 6
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_every_parameter_lies_at_one_place_on_all_of_tp(num_stages: int) -> None:
+    """Replicas of what tp has whole are then added in one order on all of tp, whatever cuts a bucket into pieces."""
+    sides = [
+        lay_out(_tables("qwen3", False, num_stages, tp), tp, 2 * LAYER_NUMEL, num_parts=3)
+        for tp in (Axis("tp", 2, 0), Axis("tp", 2, 1))
+    ]
+    for one, other in zip(*sides, strict=True):
+        places = [{slot.entry.name: slot.start for slot in side.slots} for side in (one, other)]
+        assert places[0] == places[1]
+        bounds = [[(bucket.start, bucket.stop) for bucket in side.buckets] for side in (one, other)]
+        assert bounds[0] == bounds[1]
+        head = [s for s in other.slots if s.entry.name == "lm_head.weight"]
+        assert all(_shorter_by(slot.entry) == 32 for slot in head), "its shards differ in length"
 
 
 def test_shards_agree_on_what_they_sum() -> None:

@@ -142,6 +142,28 @@ def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path)
         assert bool(mask.any()) == (entry.name in held)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_entries_stay_zero_under_a_rule_that_rounds_its_state(dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    _, stage = _stage(tmp_path, dtype)
+    options = replace(OPTIONS, name="adamw8bit")
+    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), options, LearningRate(0.1, 0, 10))
+    optimizer.make_mask()
+    # Every second one, so that each block of codes has neighbours that move.
+    optimizer.mask[::2] = True
+    optimizer.apply_mask()
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.flat_grad.normal_()
+        optimizer.reduce(0)
+        optimizer.step(step, optimizer.norm())
+        optimizer.gather()
+    for slot in optimizer.slots:
+        held = slot.view(optimizer.mask)
+        for values in (slot.entry.parameter.detach(), optimizer.master(slot)):
+            assert not values[held].any() and values[~held].all(), slot.entry.name
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float, tmp_path: Path) -> None:
     _, stage = _stage(tmp_path, torch.float32)
