@@ -1,8 +1,9 @@
-"""Judge the shapes that meet a budget by cutting each out of the teacher, and take the best.
+"""Judge the shapes that meet a budget by cutting each as the student would be cut, and take the best.
 
-Decides that a candidate is judged as it is cut, without training, by its perplexity on a few held-out rows, in the layout
-of the run: cut by rank 0 into a folder beside the student's, loaded by all ranks, judged, thrown away. What is left is
-`candidates.json` in the run's folder. Perplexity without training favours cuts that training would catch up with
+Decides that a candidate is judged as it is cut (out of the teacher, or in a later round out of what was trained), without
+further training, by its perplexity on a few held-out rows, in the layout of the run: cut by rank 0 into a folder beside the
+student's, loaded by all ranks, judged, thrown away. What is left is `candidates.json` in the run's folder, of later rounds
+`candidates-N.json`. Perplexity without training favours cuts that training would catch up with
 differently; the shapes are therefore few and all of them sensible (`distill.search`), and the list is printed.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,6 @@ from distill.evaluate import evaluate
 from distill.forward import forward_links
 from distill.loading import load_stages
 from distill.pretrained import load_config
-from distill.prune import choose, prune_checkpoint
-from distill.scores import Scores
 from distill.search import Candidate
 from distill.shape import Shape
 from parallel.collectives import barrier
@@ -34,7 +33,6 @@ from parallel.mesh import Mesh
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CANDIDATES_FILE = "candidates.json"
 JUDGED_ROWS = 16
 """Held-out rows that candidates are judged by, at most."""
 
@@ -43,29 +41,27 @@ def best_shape(
     config: Config,
     mesh: Mesh,
     candidates: Sequence[Candidate],
-    scores: Scores,
     *,
+    write: Callable[[Path, Shape], None],
     teacher_config: PretrainedConfig,
-    teacher_folder: Path,
     judging: Sequence[MicroBatch],
-    folder: Path,
+    record: Path,
 ) -> Shape:
     """Return the shape whose untrained student has the lowest perplexity; of equal ones the first.
 
     Args:
-        scores: of the teacher, the same on every rank.
+        write: cuts a student of a shape into a folder; called on rank 0.
         judging: this replica's share of the held-out rows.
-        folder: gets `candidates.json`, and for a while each candidate.
+        record: file for the list; beside it lies for a while each candidate.
     Collectives: for each candidate those of loading and evaluating it, and barriers over the world.
     """
     perplexities: list[float] = []
     for number, candidate in enumerate(candidates):
-        target = folder / f".candidate-{number}"
+        target = record.with_name(f".candidate-{number}")
         if mesh.world.is_first:
             # A run that was killed may have left one.
             shutil.rmtree(target, ignore_errors=True)
-            kept = choose(scores, teacher_config, candidate.shape)
-            prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance={})
+            write(target, candidate.shape)
         barrier(mesh.world)
         perplexities.append(_perplexity(config, mesh, target, teacher_config, judging))
         barrier(mesh.world)
@@ -84,8 +80,8 @@ def best_shape(
             }
             for number, (candidate, perplexity) in enumerate(zip(candidates, perplexities, strict=True))
         ]
-        (folder / CANDIDATES_FILE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        print(f"taken: number {best + 1}; all are in {folder / CANDIDATES_FILE}", flush=True)
+        record.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        print(f"taken: number {best + 1}; all are in {record}", flush=True)
     return candidates[best].shape
 
 

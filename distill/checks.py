@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from distill.optimizer_checks import check_optimizer
 from distill.places import check_writable
 from distill.rounds import rounds_of
 from distill.student_checks import check_student
-from distill.student_config import Prune
+from distill.student_config import Prune, Sparsity
 
 _POSITIVE = (
     "student.prune.min_channels",

@@ -10,7 +10,7 @@ from distill.config import Config
 from distill.deploy.export import export_student, model_card
 from distill.loading import DTYPES
 from distill.metrics import RunLog
-from distill.rounds import STUDENT_FOLDER, Progress
+from distill.rounds import STUDENT_FOLDER, Progress, rounds_of
 from distill.session import Session
 from parallel.factored import ranks_of
 from parallel.mesh import Mesh
@@ -38,7 +38,13 @@ def export_round(
     if mesh.world.is_first:
         summary = {"tokens": progress.tokens, "table": result_table(log, config, progress)}
         summary |= {} if sparsity is None else {"sparsity": sparsity}
-        card = model_card(settings, summary, factored=bool(ranks_of(session.student_config)))
+        card = model_card(
+            settings,
+            summary,
+            origin=session.models.origin,
+            factored=bool(ranks_of(session.student_config)),
+            layerwise=session.student_config.is_heterogeneous,
+        )
     export_student(
         session.students,
         mesh,
@@ -79,13 +85,16 @@ def result_table(log: RunLog, config: Config, progress: Progress) -> list[dict[s
     """Return the rows teacher, then for each round its student as it started and as it ended.
 
     The start is left out where it was not judged: of a round that cuts nothing, or of a run that went on from another
-    run's checkpoint.
+    run's checkpoint. A round whose teacher is not the first round's names it: its students are held against that one.
     """
     judged = log.evaluations
     teacher = next(line for line in judged if line["model"] == "teacher")
     named = [("teacher", teacher, 0.0)]
+    rounds = rounds_of(config)
     for index in range(progress.round + 1):
-        words = f"round {index}: " if len(config.rounds) > 1 else ""
+        name = rounds[index].teacher.model
+        taught = f" (teacher {Path(name).name})" if name != rounds[0].teacher.model else ""
+        words = f"round {index}{taught}: " if len(rounds) > 1 else ""
         start = "pruned" if config.student.model is None or index else "student"
         lines = [line for line in judged if line["model"] == "student" and line["round"] == index]
         trained = [line["step"] for line in log.steps if line["round"] == index]

@@ -154,7 +154,7 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
             raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
         _check_student(found, theirs.student, settings.student)
         if theirs.teacher.model == settings.teacher.model:
-            export_checkpoint(found, target, low_rank="factored")
+            export_checkpoint(found, target, low_rank="factored", for_training=True)
 
     first_rank_does(mesh, bring)
 

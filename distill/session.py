@@ -123,7 +123,7 @@ def open_session(
         config,
         stages=students,
         optimizer=step.optimizer,
-        measure=partial(_measure_inputs, config, mesh, models, corpus, students, lineage),
+        measure=partial(measure_inputs, config, mesh, models, corpus, students, lineage),
     )
     return Session(
         models=models,
@@ -192,7 +192,7 @@ def links_of(
     return forward_links(config, mesh, students, teacher, num_stages=len(models.split.student))
 
 
-def _measure_inputs(
+def measure_inputs(
     config: Config,
     mesh: Mesh,
     models: Models,

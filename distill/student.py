@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from distill.model_checks import not_finite
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
 from distill.scoring import cached_scores
+from distill.shape import Shape
 from parallel.collectives import barrier
 from parallel.mesh import Mesh
 from parallel.model import StageModel
@@ -69,30 +71,38 @@ def prune_teacher(
     except ValueError as error:
         raise not_finite(config, "teacher.model", str(error)) from error
     shape = candidates[0].shape
+
+    def write(folder: Path, shape: Shape) -> None:
+        kept = choose(scores, teacher_config, shape)
+        provenance = {"teacher": config.teacher.model, "prune": asdict(prune)}
+        if previous is None:
+            prune_checkpoint(teacher_folder, folder, teacher_config, kept, provenance=provenance)
+        else:
+            old, _ = load_kept(previous)
+            recut_checkpoint(
+                teacher_folder, previous, folder, teacher_config, old, kept, provenance=provenance
+            )
+
+    if mesh.world.is_first:
+        target.parent.mkdir(parents=True, exist_ok=True)
     if prune.target_params is not None:
-        if mesh.world.is_first:
-            target.parent.mkdir(parents=True, exist_ok=True)
         shape = best_shape(
             config,
             mesh,
             candidates,
-            scores,
+            write=write,
             teacher_config=teacher_config,
-            teacher_folder=teacher_folder,
             judging=judging,
-            folder=target.parent,
+            record=target.with_name(f"candidates{_suffix(target)}.json"),
         )
     if mesh.world.is_first:
-        kept = choose(scores, teacher_config, shape)
-        target.parent.mkdir(parents=True, exist_ok=True)
         scores.save(target.parent / SCORES_FILE, depends)
-        provenance = {"teacher": config.teacher.model, "prune": asdict(prune)}
-        if previous is None:
-            prune_checkpoint(teacher_folder, target, teacher_config, kept, provenance=provenance)
-        else:
-            old, _ = load_kept(previous)
-            recut_checkpoint(
-                teacher_folder, previous, target, teacher_config, old, kept, provenance=provenance
-            )
+        write(target, shape)
     barrier(mesh.world)
     return time.perf_counter() - start_s
+
+
+def _suffix(target: Path) -> str:
+    """Return what tells a later round's cut from the first one's, such as `-1`."""
+    found = re.search(r"-\d+$", target.name)
+    return found[0] if found else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config, ConfigError
 from distill.places import check_writable
-from distill.rounds import FACTORED_FOLDER
+from distill.rounds import STUDENT_FOLDER
 from distill.stop import Stop
 from launch.command import Command, run_command
 
@@ -30,9 +30,8 @@ def prune(config: Config, mesh: Mesh, stop: Stop) -> None:
 
 def _check(config: Config) -> None:
     check_writable("run.dir", config.run.dir or ".")
-    for name, what in (("student", "a student"), (FACTORED_FOLDER, "a factored student")):
-        if (Path(config.run.dir or ".") / name).exists():
-            raise ConfigError(f"run.dir={config.run.dir} already holds {what}; use another run.dir")
+    if (Path(config.run.dir or ".") / STUDENT_FOLDER).exists():
+        raise ConfigError(f"run.dir={config.run.dir} already holds a student; use another run.dir")
     if config.student.model is not None:
         raise ConfigError(
             f"student.model={config.student.model} is a ready student; use null to prune the teacher"

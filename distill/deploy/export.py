@@ -31,11 +31,15 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": f"{_MODELING}.{modeling_reflux_low_rank.RefluxLowRankForCausalLM.__name__}"
 }
 _FACTORS = {
-    "merged": "- Linears were trained in two factors of a low rank, and are merged here: the parameters counted are the factors'.",
+    "merged": "- Linears are products of two factors of a low rank, merged here: the parameters counted are the factors'.",
     "factored": "- Linears are two factors of a low rank (`reflux_low_rank` in config.json): load with `trust_remote_code=True`; "
     "without it transformers builds dense ones, reports them as missing, and the model is not this one.",
 }
 """What the model card says of factored linears, by `export.low_rank`."""
+_LAYERWISE = (
+    "- Layers differ in width (`per_layer_config` in config.json): load with `trust_remote_code=True`, which runs the few lines "
+    "beside this file that build them; transformers alone does not."
+)
 
 
 def export_student(
@@ -93,38 +97,50 @@ def write_config(
 ) -> None:
     """Write config.json, and beside it the code that loads factored linears if there are any and they stay.
 
+    Where layers differ in width there is no such code: the folder is one that training goes on from.
+
     Args:
         dtype: of the written weights.
         merge_factors: whether the weights of factored linears are written as one matrix each.
     """
     written = merged_config(model_config) if merge_factors else copy.deepcopy(model_config)
     written.dtype = dtype
-    if ranks_of(written):
+    if ranks_of(written) and not written.is_heterogeneous:
         written.auto_map = _AUTO_MAP
         shutil.copyfile(modeling_reflux_low_rank.__file__, folder / f"{_MODELING}.py")
     written.save_pretrained(folder)
 
 
-def model_card(config: Config, summary: Mapping[str, Any], *, factored: bool = False) -> str:
+def model_card(
+    config: Config,
+    summary: Mapping[str, Any],
+    *,
+    origin: str,
+    factored: bool = False,
+    layerwise: bool = False,
+) -> str:
     """Return the model card: where the student comes from, how it was trained, what it reaches.
 
     Args:
-        summary: of the run, with its `table`; or with the `step` that it has come to.
-        factored: whether linears were trained in two factors.
+        config: of the round.
+        summary: of the run, with `tokens` and its `table`; or with the `step` that it has come to; with neither the student
+            has not been trained.
+        origin: the model that the student was cut out of, as the settings name it; the kept indices count its units.
+        factored: whether linears are in two factors.
+        layerwise: whether layers differ in width.
     """
-    loss, prune = config_to_dict(config.loss), config.student.prune
-    alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
-    found = _judged(summary["table"]) if "table" in summary else _not_judged(summary["step"])
+    prune = config.student.prune
     cut = (
-        f"pruned from it ({prune.method} importance)"
+        f"pruned out of `{origin}` ({prune.method} importance)"
         if config.student.model is None
-        else config.student.model
+        else f"`{config.student.model}`"
     )
     zeros = ""
     if "sparsity" in summary:
         share, pattern = summary["sparsity"]["share"], summary["sparsity"]["pattern"]
         zeros = f" {share:.1%} of the weights of the layers' linears are zero ({pattern}), in dense tensors."
-    factors = [_FACTORS[config.export.low_rank]] if factored else []
+    notes = [_FACTORS[config.export.low_rank]] if factored else []
+    notes += [_LAYERWISE] if layerwise else []
     lines = [
         "---",
         "library_name: transformers",
@@ -135,16 +151,27 @@ def model_card(config: Config, summary: Mapping[str, Any], *, factored: bool = F
         f"# Student of {config.teacher.model}",
         "",
         f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.{zeros}",
-        *factors,
-        f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
-        f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
-        "",
-        *found,
+        *notes,
+        *_training(config, summary),
         "",
         "The text was used as language modelling material only; judge the student on your own task before use.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """Return the lines on how the student was trained, and what it reaches."""
+    if not summary.keys() & {"table", "step"}:
+        return ["- Not trained since; a distillation brings back what the cut has cost."]
+    loss = config_to_dict(config.loss)
+    alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
+    return [
+        f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
+        f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
+        "",
+        *(_judged(summary["table"]) if "table" in summary else _not_judged(summary["step"])),
+    ]
 
 
 def _judged(table: Sequence[Mapping[str, Any]]) -> list[str]:

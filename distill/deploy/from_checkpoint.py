@@ -25,7 +25,7 @@ from distill.cut_files import write_tensors
 from distill.deploy.export import merged_config, model_card, write_config
 from distill.hidden_map import PROJECTION
 from distill.loading import DTYPES
-from distill.prune import KEPT_FOLDER, copy_companions, write_modeling_code
+from distill.prune import KEPT_FOLDER, copy_companions, load_kept, write_modeling_code
 from distill.rounds import Progress
 from distill.structure import MATRICES, layer_module
 from parallel.checkpoint import open_files
@@ -58,7 +58,12 @@ class _Source:
 
 
 def export_checkpoint(
-    checkpoint: Path, target: Path, *, low_rank: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    checkpoint: Path,
+    target: Path,
+    *,
+    low_rank: str | None = None,
+    for_training: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face folder with tokenizer and model card, whole or not at all.
 
@@ -66,9 +71,10 @@ def export_checkpoint(
         checkpoint: a folder `checkpoints/step-N`; nothing outside it is read.
         target: must not exist.
         low_rank: factored linears `merged` or `factored`; None: as the run's settings say.
+        for_training: whether only a run will load the folder, so that no code for transformers need exist.
         max_shard_bytes: largest weight file, and so the memory it takes to write.
     Raises:
-        ConfigError: the checkpoint is not sound or holds no student, or `target` exists.
+        ConfigError: the checkpoint is not sound or holds no student, `target` exists, or transformers could not load it.
         OSError: the folder cannot be written.
     """
     if target.exists():
@@ -80,6 +86,11 @@ def export_checkpoint(
         with open_files(checkpoint, manifest) as files:
             source = _Source(checkpoint, manifest, settings, model_config, files)
             merges = (low_rank or settings.export.low_rank) == "merged"
+            if not merges and not for_training and ranks_of(model_config) and model_config.is_heterogeneous:
+                raise ConfigError(
+                    f"export.low_rank=factored does not go with layers of different widths, which the student of {checkpoint} has; "
+                    "use merged"
+                )
             build_once(target, lambda folder: _write(source, folder, merges, max_shard_bytes))
     except CheckpointError as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
@@ -162,7 +173,20 @@ def _card(source: _Source, *, low_rank: str) -> str:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     summary: dict[str, Any] = {"tokens": progress.tokens, "step": progress.step, **_sparsity(source)}
-    return model_card(settings, summary, factored=bool(ranks_of(source.model_config)))
+    return model_card(
+        settings,
+        summary,
+        origin=_origin(source),
+        factored=bool(ranks_of(source.model_config)),
+        layerwise=source.model_config.is_heterogeneous,
+    )
+
+
+def _origin(source: _Source) -> str:
+    """Return the model that the student was cut out of, as far as its folder remembers."""
+    teacher = str(source.settings.teacher.model)
+    folder = source.folder / STUDENT
+    return load_kept(folder)[1].get("teacher", teacher) if (folder / KEPT_FOLDER).is_dir() else teacher
 
 
 def _sparsity(source: _Source) -> Mapping[str, Any]:

@@ -52,11 +52,28 @@ def test_the_export_is_the_trained_student(inputs: Inputs, merged: Path, tmp_pat
 def test_the_student_alone_is_the_one_that_a_run_begins_with(
     inputs: Inputs, merged: Path, tmp_path: Path
 ) -> None:
-    done = call(prune.COMMAND, inputs.settings(tmp_path, *WANTED))
-    assert done.code == 0, done.err
-    assert weights(tmp_path / "factored").keys() == weights(merged / "factored").keys()
-    for name, expected in weights(merged / "factored").items():
-        assert torch.equal(weights(tmp_path / "factored")[name], expected)
+    """Factored it loads by its own code, merged without; either is the model that a run begins to train."""
+    models = []
+    for low_rank in ("factored", "merged"):
+        folder = tmp_path / low_rank
+        done = call(prune.COMMAND, inputs.settings(folder, *WANTED, f"export.low_rank={low_rank}"))
+        assert done.code == 0 and f"student: {folder / 'student'}" in done.out, done.err
+        assert {path.name for path in folder.iterdir()} <= {"student", "scores.safetensors"}
+        card = (folder / "student" / "README.md").read_text()
+        assert "Not trained since" in card and f"pruned out of `{inputs.teacher}`" in card
+        models.append(
+            AutoModelForCausalLM.from_pretrained(
+                folder / "student", dtype=torch.float64, trust_remote_code=low_rank == "factored"
+            )
+        )
+    mine, expected = weights(tmp_path / "factored" / "student"), weights(merged / "factored")
+    assert mine.keys() == expected.keys()
+    # A run's are in the teacher's float32.
+    assert all(torch.equal(mine[name], expected[name].double()) for name in mine)
+    ids = torch.arange(3, 23).view(2, 10)
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -52,9 +52,6 @@ def test_prune_writes_a_student_and_nothing_else(inputs: Inputs, reference: Path
 
 
 def test_prune_makes_the_first_rounds_student(inputs: Inputs, tmp_path: Path) -> None:
-    (tmp_path / "factored").mkdir()
-    done = call(prune.COMMAND, inputs.settings(tmp_path))
-    assert done.code == 2 and f"run.dir={tmp_path} already holds a factored student" in done.err
     rounds = "rounds=[{student: {prune: {num_layers: 2}}}, {}]"
     assert call(prune.COMMAND, inputs.settings(tmp_path / "first", rounds)).code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "student")

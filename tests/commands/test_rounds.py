@@ -19,7 +19,7 @@ from tests.commands.tiny_run import Done, Inputs, call, metrics, start
 
 SHRINKS = "rounds=[{train: {steps: 4}}, {student: {prune: {hidden_size: 24, num_layers: 2}}, optimizer: {lr: 0.002}}]"
 GROWS = "rounds=[{student: {prune: {hidden_size: 24, num_layers: 2}}}, {train: {steps: 4}}]"
-ASSISTANT = "rounds=[{}, {teacher: {model: previous}, student: {prune: {num_layers: 2}}}]"
+ASSISTANT = "rounds=[{}, {teacher: {model: previous}, student: {prune: {num_layers: 2}}, loss: {hidden: {weight: 1, every: 1}}}]"
 CORRECTED = (
     "rounds=[{student: {prune: {pruning_ratio: 0, num_layers: null, intermediate_size: null, num_key_value_heads: null}}, "
     "loss: {alpha: 1}, train: {steps: 3}}, {teacher: {model: round-0}}]"
@@ -195,6 +195,15 @@ def test_the_student_of_a_round_teaches_the_next(inputs: Inputs, tmp_path: Path)
     assert len(metrics(tmp_path)) == 2 * STEPS
     _, provenance = load_kept(tmp_path / "student")
     assert provenance["teacher"] == str(inputs.teacher), "cuts count the units of the first round's teacher"
+    assert "relative depth" not in done.out, "the assistant has the layers that the student was cut from"
+    rows = [row["model"] for row in json.loads((tmp_path / "summary.json").read_text())["table"]]
+    assert rows[1:3] == ["round 0: pruned", "round 0: pruned + distilled"]
+    assert rows[3:] == [
+        "round 1 (teacher round-0): pruned",
+        "round 1 (teacher round-0): pruned + distilled",
+    ]
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"pruned out of `{inputs.teacher}`" in card and f"Teacher: `{tmp_path / 'round-0'}`" in card
 
 
 def test_a_corrected_teacher(inputs: Inputs, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from distill.structure import MATRICES
-from launch import distill
+from launch import distill, prune
 from launch.export import export
 from tests.commands.tiny_run import Inputs, call, same_weights, weights
 
@@ -39,6 +39,22 @@ def test_a_later_round_measures_the_student_that_it_begins_with(inputs: Inputs, 
     )
     assert alone.code == 0, alone.err
     assert zeros(tmp_path / "both" / "student") == zeros(tmp_path / "alone" / "student")
+
+
+def test_a_student_that_is_not_trained_has_the_zeros_too(inputs: Inputs, tmp_path: Path) -> None:
+    """Those that a run holds from its first step on; `student.sparsity.schedule` speaks of steps, and there are none."""
+    sparse = ("student.sparsity.method=wanda", "student.sparsity.ratio=0.25")
+    done = call(
+        prune.COMMAND, inputs.settings(tmp_path / "alone", *sparse, "student.sparsity.schedule=cubic")
+    )
+    assert done.code == 0, done.err
+    run = call(distill.COMMAND, inputs.settings(tmp_path / "run", *sparse, "train.steps=1"))
+    assert run.code == 0, run.err
+    found = zeros(tmp_path / "alone" / "student")
+    assert found == zeros(tmp_path / "run" / "student")
+    assert all(any(map(any, rows)) for name, rows in found.items() if "_proj." in name)
+    card = (tmp_path / "alone" / "student" / "README.md").read_text()
+    assert "25.0% of the weights of the layers' linears are zero (unstructured)" in card
 
 
 def test_a_sparse_student_is_named_and_its_teacher_scored_once(inputs: Inputs, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from distill.candidates import CANDIDATES_FILE
 from distill.config import Config, Data, MeshShape, Teacher, Train
 from distill.data import IGNORE, spread_microbatches
 from distill.packing import Row
@@ -46,7 +45,7 @@ def _rows() -> _Text:
     )
 
 
-def _prune(folder: Path, mesh: Mesh, target: Path) -> None:
+def _prune(folder: Path, mesh: Mesh, target: Path, previous: Path | None = None) -> None:
     teacher = build_stage(TEACHER, pp=mesh.pp, tp=mesh.tp, dtype=torch.float64, trainable=False)
     load_weights(teacher, folder)
     shape = MeshShape(pp=mesh.pp.size, dp=mesh.dp.size, tp=mesh.tp.size)
@@ -70,6 +69,7 @@ def _prune(folder: Path, mesh: Mesh, target: Path) -> None:
         microbatches=[],
         judging=judging,
         target=target,
+        previous=previous,
     )
 
 
@@ -91,12 +91,30 @@ def _perplexity(folder: Path) -> float:
     return math.exp(total / count)
 
 
+def test_a_later_rounds_shapes_are_judged_with_the_weights_that_were_trained(tmp_path: Path) -> None:
+    folder, run = save_tiny(tmp_path / "teacher", TEACHER), tmp_path / "run"
+    _prune(folder, Mesh.single(), run / "pruned")
+    student = AutoModelForCausalLM.from_pretrained(run / "pruned", dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.5)
+    student.save_pretrained(run / "pruned")
+    _prune(folder, Mesh.single(), run / "pruned-1", run / "pruned")
+    first, second = (
+        json.loads((run / name).read_text()) for name in ("candidates.json", "candidates-1.json")
+    )
+    assert [row["shape"] for row in first] == [row["shape"] for row in second]
+    (taken,) = (row for row in second if row["taken"])
+    assert math.isclose(taken["perplexity"], _perplexity(run / "pruned-1"), rel_tol=1e-6)
+    assert not {row["perplexity"] for row in first} & {row["perplexity"] for row in second}
+
+
 def test_every_layout_takes_the_shape_with_the_lowest_perplexity(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "teacher", TEACHER)
     limit = 0.65 * sum(parameter.numel() for parameter in tiny_model(TEACHER).parameters())
     alone = tmp_path / "alone" / "pruned"
     _prune(folder, Mesh.single(), alone)
-    rows = json.loads((alone.parent / CANDIDATES_FILE).read_text())
+    rows = json.loads((alone.parent / "candidates.json").read_text())
     assert len(rows) == 3 and all(row["parameters"] <= limit for row in rows)
     (taken,) = (row for row in rows if row["taken"])
     assert taken["perplexity"] == min(row["perplexity"] for row in rows)
@@ -107,7 +125,7 @@ def test_every_layout_takes_the_shape_with_the_lowest_perplexity(tmp_path: Path)
     assert not list(alone.parent.glob(".candidate*"))
     run_distributed(2, _in_layouts, folder, tmp_path)
     for number in range(len(LAYOUTS)):
-        others = json.loads((tmp_path / f"run-{number}" / CANDIDATES_FILE).read_text())
+        others = json.loads((tmp_path / f"run-{number}" / "candidates.json").read_text())
         for mine, other in zip(rows, others, strict=True):
             assert mine["taken"] == other["taken"] and mine["parameters"] == other["parameters"]
             assert math.isclose(mine["perplexity"], other["perplexity"], rel_tol=1e-9)

@@ -143,7 +143,9 @@ def test_held_entries_stay_zero_and_their_gradients_do_not_count(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_held_entries_stay_zero_under_a_rule_that_rounds_its_state(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_held_entries_stay_zero_under_a_rule_that_rounds_its_state(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     _, stage = _stage(tmp_path, dtype)
     options = replace(OPTIONS, name="adamw8bit")
