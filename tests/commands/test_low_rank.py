@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distill.config import ConfigError
 from launch import distill, evaluate, prune
-from tests.commands.tiny_run import Inputs, call, losses, start, weights
+from launch.export import export
+from tests.commands.tiny_run import Inputs, call, losses, same_weights, start, weights
 
 WANTED = ("student.low_rank.ratio=0.6", "train.steps=4", "checkpoint.every=2", "train.dtype=float64")
 
@@ -74,6 +76,24 @@ def test_the_student_alone_is_the_one_that_a_run_begins_with(
     with torch.no_grad():
         one, other = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_of_different_widths_are_exported_merged(inputs: Inputs, tmp_path: Path) -> None:
+    uneven = "student.prune.per_layer=true"
+    done = call(distill.COMMAND, inputs.settings(tmp_path / "run", *WANTED, uneven))
+    assert done.code == 0, done.err
+    checkpoint = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step-00000004'}"
+    with pytest.raises(ConfigError, match="export.low_rank=factored does not go with layers of different"):
+        export([checkpoint, f"out={tmp_path / 'factored'}", "export.low_rank=factored"])
+    export([checkpoint, f"out={tmp_path / 'merged'}"])
+    assert same_weights(tmp_path / "merged", tmp_path / "run" / "student")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "Layers differ in width" in card and "merged here" in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    widths = {
+        (layer.mlp.up_proj.out_features, layer.self_attn.q_proj.out_features) for layer in model.model.layers
+    }
+    assert len(widths) > 1, "the layers do differ"
 
 
 @pytest.mark.slow
