@@ -87,7 +87,12 @@ class Judge:
                 (task, [batch.to(mesh.device) for batch in share])
                 for task, share in zip(tasks, shares, strict=True)
             ],
-            levels=Levels(Path(config.data.cache_dir) / "levels", models.teacher_folder, config.train.dtype),
+            levels=Levels(
+                Path(config.data.cache_dir) / "levels",
+                models.teacher_folder,
+                config.train.dtype,
+                models.teacher_config.get_text_config().vocab_size,
+            ),
         )
 
     def teacher(self, teacher: StageModel) -> tuple[Figures, bool]:

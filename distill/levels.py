@@ -22,7 +22,7 @@ from parallel.mesh import Mesh
 Figures = Mapping[str, float | None]
 
 # Counts changes of the figures or of the files.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Levels:
     """Its Hugging Face folder."""
     dtype: str
     """In which it computes."""
+    vocab_size: int
+    """Ids that it chooses among; its padding may be left out."""
 
     def of(self, text: str, mesh: Mesh, measure: Callable[[], Figures]) -> tuple[Figures, bool]:
         """Return the teacher's figures on a text, and whether they were known before.
@@ -57,7 +59,7 @@ class Levels:
         return figures, False
 
     def _file(self, text: str) -> Path:
-        content = (_FORMAT, _weights_print(self.teacher), self.dtype, text)
+        content = (_FORMAT, _weights_print(self.teacher), self.dtype, self.vocab_size, text)
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
 
 

@@ -6,6 +6,7 @@ what configs alone can show is refused before weights are read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
 from distill.hidden_map import check_widths, shared_with, was_cut
 from distill.model_checks import check_models
-from distill.pretrained import check_tokenizers, load_config, resolve_model
+from distill.pretrained import check_ids, check_tokenizers, load_config, resolve_model
 from distill.ranks import find_targets
 from distill.rounds import Lineage, lineage_of
 from distill.search import Candidate, candidate_shapes
@@ -67,6 +68,9 @@ class Models:
 
     teacher_folder: Path
     teacher_config: PretrainedConfig
+    """Without the ids that are padding to the student (`without_padding`)."""
+    teacher_is_padded: bool
+    """Whether there are such."""
     origin: str
     """The model that all cuts of the run refer to, as the settings name it: the first round's teacher."""
     origin_folder: Path
@@ -114,6 +118,10 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     if origin_folder != teacher_folder:
         first_rank_does(mesh, lambda: alike(teacher_folder, origin_folder, key="teacher.model"))
     student_config = checked_student(config, teacher_config, ready, origin_config=origin_config)
+    vocab_size = student_config.get_text_config().vocab_size
+    if teacher_config.get_text_config().vocab_size > vocab_size:
+        first_rank_does(mesh, lambda: check_ids(teacher_folder, vocab_size, trust_remote_code=trust))
+    whole_config, teacher_config = teacher_config, without_padding(teacher_config, vocab_size)
     check_widths(
         config,
         student_width=student_config.hidden_size,
@@ -131,6 +139,7 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
     return Models(
         teacher_folder=teacher_folder,
         teacher_config=teacher_config,
+        teacher_is_padded=teacher_config is not whole_config,
         origin=lineage.origin,
         origin_folder=origin_folder,
         origin_config=origin_config,
@@ -139,6 +148,19 @@ def find_models(config: Config, mesh: Mesh, lineage: Lineage | None = None) -> M
         needs_cut=ready is None,
         split=split_models(config, teacher_config, student_config),
     )
+
+
+def without_padding(teacher_config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
+    """Return the config of a teacher that has no id which its student does not have.
+
+    Sizes of one family pad the ids of one tokenizer to different widths (Qwen2.5: 151,936 and 152,064). What is beyond the
+    student's takes no part in any softmax.
+    """
+    if teacher_config.get_text_config().vocab_size <= vocab_size:
+        return teacher_config
+    trimmed = copy.deepcopy(teacher_config)
+    trimmed.get_text_config().vocab_size = vocab_size
+    return trimmed
 
 
 def checked_student(
@@ -239,6 +261,7 @@ def load_stage(
     layers: Sequence[range],
     stage: int,
     num_slices: int = 1,
+    may_be_padded: bool = False,
 ) -> StageModel:
     """Build one of this rank's stages of a model and read its weights.
 
@@ -247,6 +270,7 @@ def load_stage(
         layers: of each stage of the model.
         stage: which one.
         num_slices: pieces it can be run in.
+        may_be_padded: whether the folder may hold more ids than `model_config` says, which are left there.
     Raises:
         ConfigError: the family or the files do not fit.
     """
@@ -263,7 +287,7 @@ def load_stage(
             recompute=config.train.recompute,
             compile_layers=config.train.compile,
         )
-        load_weights(model, folder)
+        load_weights(model, folder, may_be_padded=may_be_padded)
     except (UnsupportedModel, WeightsError) as error:
         raise ConfigError(f"{key}={folder}: {error}") from error
     return model
@@ -304,6 +328,7 @@ def load_teacher(config: Config, mesh: Mesh, models: Models) -> StageModel:
         layers=models.split.teacher,
         stage=mesh.pp.rank,
         num_slices=models.split.num_slices,
+        may_be_padded=models.teacher_is_padded,
     )
 
 

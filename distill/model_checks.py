@@ -19,7 +19,7 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
     Args:
         teacher, student: `PretrainedConfig`s; the student's is the pruned one when it is pruned from the teacher.
     Raises:
-        ConfigError: more stages than layers, heads that tp does not divide, vocabularies that differ, rows longer
+        ConfigError: more stages than layers, heads that tp does not divide, a student with more ids than its teacher, rows longer
             than the model's positions, `loss.top_k` ids or fewer in the vocabulary, pairs of layers that are not there.
     """
     models = {"teacher": teacher.get_text_config(), "student": student.get_text_config()}
@@ -46,15 +46,17 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
     if config.student.sparsity.method is not None and config.student.sparsity.pattern == "2:4":
         _check_groups(config.mesh.tp, models["student"])
     sizes = {who: model.vocab_size for who, model in models.items()}
-    if sizes["teacher"] != sizes["student"]:
+    # A teacher's ids beyond the student's are padding, and left out (`distill.loading`).
+    if sizes["teacher"] < sizes["student"]:
         raise ConfigError(
-            f"student.model={show(config.student.model)} has vocab_size={sizes['student']} but the teacher has "
-            f"vocab_size={sizes['teacher']}; use a student with the teacher's tokenizer"
+            f"student.model={show(config.student.model)} has vocab_size={sizes['student']} but teacher.model={config.teacher.model} "
+            f"has vocab_size={sizes['teacher']}; use models of one tokenizer, and cut padding that the student has more of off with "
+            f"resize_token_embeddings({sizes['teacher']})"
         )
-    if config.loss.kind == "top_k_kl" and config.loss.top_k >= sizes["teacher"]:
+    if config.loss.kind == "top_k_kl" and config.loss.top_k >= sizes["student"]:
         raise ConfigError(
-            f"loss.top_k={config.loss.top_k} must be less than vocab_size={sizes['teacher']} of the teacher; "
-            f"use at most {sizes['teacher'] - 1}, or loss.kind=forward_kl"
+            f"loss.top_k={config.loss.top_k} must be less than vocab_size={sizes['student']} of the student; "
+            f"use at most {sizes['student'] - 1}, or loss.kind=forward_kl"
         )
     if config.loss.hidden.is_on:
         _check_pairs(config, models)

@@ -157,6 +157,20 @@ def check_tokenizers(folder: Path, other: Path, *, key: str, trust_remote_code: 
         )
 
 
+def check_ids(folder: Path, vocab_size: int, *, trust_remote_code: bool = False) -> None:
+    """Check that the teacher's tokenizer, which the text is read by, has no id that a narrower student does not have.
+
+    Raises:
+        ConfigError: it has.
+    """
+    largest = max(load_tokenizer(folder, trust_remote_code=trust_remote_code).get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the student has vocab_size={vocab_size}, but the tokenizer of teacher.model={folder} has ids up to {largest}; use "
+            "models of one tokenizer"
+        )
+
+
 def _vocab_size(folder: Path) -> int | None:
     """Return the rows of the embedding, as config.json says them; None in a folder that holds a tokenizer alone."""
     file = folder / "config.json"

@@ -18,7 +18,7 @@ import torch
 from distill.balance import count_layers, split_models
 from distill.config import Config, ConfigError
 from distill.costs import MOST_SLICES, Profile, Split, stage_costs, stage_sums
-from distill.loading import DTYPES, checked_student
+from distill.loading import DTYPES, checked_student, without_padding
 from distill.pretrained import load_config, resolve_model
 from distill.profiling import measure
 from distill.session import optimizer_options
@@ -52,6 +52,8 @@ def measured_jobs(
         torch.set_num_threads(1)
     teacher = _find(config, "teacher.model")
     ready = None if config.student.model is None else _find(config, "student.model")
+    if ready is not None:
+        teacher = without_padding(teacher, ready.get_text_config().vocab_size)
     fitting: list[tuple[Config, PretrainedConfig]] = []
     left_out: dict[str, str] = {}
     for case in cases:

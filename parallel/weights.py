@@ -145,29 +145,38 @@ class WeightFiles:
                 located[key] = handle
         return located
 
-    def read(self, entry: Entry) -> Tensor:
-        """Return this rank's slice of the tensor, in the file's dtype."""
+    def read(self, entry: Entry, *, may_be_longer: bool = False) -> Tensor:
+        """Return this rank's slice of the tensor, in the file's dtype.
+
+        Args:
+            may_be_longer: take the first rows where the file has more.
+        """
         if entry.name not in self.files:
             raise WeightsError(f"{self.folder} has no tensor {entry.name!r}, which the model needs")
         view = self.files[entry.name].get_slice(entry.name)
-        if tuple(view.get_shape()) != entry.full_shape:
+        shape, wanted = tuple(view.get_shape()), entry.full_shape
+        longer = may_be_longer and shape[1:] == wanted[1:] and shape[0] > wanted[0]
+        if shape != wanted and not longer:
             raise WeightsError(
                 f"{self.folder}: tensor {entry.name!r} has shape {view.get_shape()}, the config says "
                 f"{list(entry.full_shape)}"
             )
-        if entry.shard is None:
+        if entry.shard is None and not longer:
             return view[:]
-        where = [slice(None)] * len(entry.full_shape)
-        where[entry.shard.dim] = slice(entry.shard.start, entry.shard.stop)
+        where = [slice(0, size) for size in wanted]
+        if entry.shard is not None:
+            where[entry.shard.dim] = slice(entry.shard.start, entry.shard.stop)
         return view[tuple(where)]
 
 
 @torch.no_grad()
-def load_weights(stage: StageModel, folder: Path) -> None:
+def load_weights(stage: StageModel, folder: Path, *, may_be_padded: bool = False) -> None:
     """Fill the stage's parameters from a Hugging Face folder, reading only the slices this rank owns.
 
     Peak memory beyond the parameters is one slice.
 
+    Args:
+        may_be_padded: whether embedding and head may have more ids in the folder than the config says; the first ones are read.
     Raises:
         WeightsError: a tensor is missing, has another shape, or is left over (no stage of the model owns it).
     """
@@ -179,8 +188,10 @@ def load_weights(stage: StageModel, folder: Path) -> None:
             raise WeightsError(
                 f"{folder} holds tensors that the model does not have: {', '.join(leftover[:8])}"
             )
+        embedding = f"{stage.names.base}.{stage.names.embedding}."
         for entry in parameter_table(stage):
-            entry.parameter.copy_(files.read(entry))
+            has_ids = entry.name.startswith((embedding, f"{stage.names.head}."))
+            entry.parameter.copy_(files.read(entry, may_be_longer=may_be_padded and has_ids))
 
 
 def gather_tensor(local: Tensor, entry: Entry) -> Tensor:

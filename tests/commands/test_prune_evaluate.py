@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import distill, evaluate, prune
 from launch.command import Command
-from tests.commands.tiny_run import STEPS, Inputs, call, read_lines, same_weights, snapshot, start, weights
+from tests.commands.tiny_run import (
+    STEPS,
+    Inputs,
+    call,
+    losses,
+    read_lines,
+    same_weights,
+    snapshot,
+    start,
+    weights,
+)
 
 
 def rows(out: str) -> dict[str, dict[str, float]]:
@@ -56,6 +66,25 @@ def test_prune_makes_the_first_rounds_student(inputs: Inputs, tmp_path: Path) ->
     assert call(prune.COMMAND, inputs.settings(tmp_path / "first", rounds)).code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "student")
     assert model.config.num_hidden_layers == 2
+
+
+def test_what_pads_the_teachers_vocabulary_takes_no_part(inputs: Inputs, tmp_path: Path) -> None:
+    """Sizes of one family pad the ids of one tokenizer to different widths."""
+    assert call(prune.COMMAND, inputs.settings(tmp_path / "prune")).code == 0
+    teacher = AutoModelForCausalLM.from_pretrained(inputs.teacher)
+    teacher.resize_token_embeddings(teacher.config.vocab_size + 7, mean_resizing=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[-7:] = 5.0
+    teacher.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(inputs.teacher).save_pretrained(tmp_path / "padded")
+    ready = (f"student.model={tmp_path / 'prune' / 'student'}", "train.steps=3")
+    for name, wide in (("plain", inputs.teacher), ("wide", tmp_path / "padded")):
+        done = call(distill.COMMAND, inputs.settings(tmp_path / name, *ready, f"teacher.model={wide}"))
+        assert done.code == 0, done.err
+    assert losses(tmp_path / "plain") == losses(tmp_path / "wide")
+    judged = [read_lines(tmp_path / name / "evaluations.jsonl") for name in ("plain", "wide")]
+    for one, other in zip(*judged, strict=True):
+        assert one["eval/loss"] == other["eval/loss"] and one["eval/kl"] == other["eval/kl"]
 
 
 def test_a_pruned_student_is_distilled_and_judged(inputs: Inputs, reference: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _judge(folder: Path, cache: Path) -> tuple[Judge, list[StageModel]]:
         held_out=[MicroBatch(ids, torch.arange(SEQ_LEN)[None], labels)],
         held_out_print="a row",
         tasks=[(task, microbatches(task, seq_len=SEQ_LEN, microbatch_size=1))],
-        levels=Levels(cache, folder / "teacher", "float64"),
+        levels=Levels(cache, folder / "teacher", "float64", 97),
     )
     return judge, models
 

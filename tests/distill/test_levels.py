@@ -38,7 +38,7 @@ class Counted:
 
 @pytest.fixture
 def levels(tmp_path: Path) -> Levels:
-    return Levels(tmp_path / "cache" / "levels", teacher_in(tmp_path / "teacher"), "float32")
+    return Levels(tmp_path / "cache" / "levels", teacher_in(tmp_path / "teacher"), "float32", 97)
 
 
 def test_a_teacher_is_judged_once_for_the_same_things(levels: Levels) -> None:
@@ -49,6 +49,7 @@ def test_a_teacher_is_judged_once_for_the_same_things(levels: Levels) -> None:
     changes = [
         lambda: levels.of("other rows", mesh, measure),
         lambda: replace(levels, dtype="float64").of("rows", mesh, measure),
+        lambda: replace(levels, vocab_size=96).of("rows", mesh, measure),
         lambda: (os.utime(file, ns=(0, 5)), levels.of("rows", mesh, measure))[1],
         lambda: ((levels.teacher / "config.json").write_text("{ }"), levels.of("rows", mesh, measure))[1],
     ]

@@ -38,7 +38,7 @@ def hf_config(**changes: Any) -> SimpleNamespace:
             "mesh.tp=2 does not divide num_attention_heads=9 of the teacher; use 1 or 3",
         ),
         ({"pp": 4}, {}, {"num_hidden_layers": 3}, "mesh.pp=4 is more than num_hidden_layers=3 of the student; use at most 3"),
-        ({}, {}, {"vocab_size": 99}, "student.model=null has vocab_size=99 but the teacher has vocab_size=100; use a student"),
+        ({}, {}, {"vocab_size": 101}, "student.model=null has vocab_size=101 but teacher.model=embedded has vocab_size=100; use models"),
         (
             {},
             {"max_position_embeddings": 256},

@@ -21,6 +21,7 @@ from distill import pretrained
 from distill.config import ConfigError
 from distill.convert_gguf import convert_gguf
 from distill.pretrained import (
+    check_ids,
     check_tokenizers,
     embedded_gguf,
     load_config,
@@ -117,6 +118,14 @@ def test_tokenizers_of_two_models_are_compared_by_their_ids(copy: Path, model_fo
     for tokenizer in copy.glob("tokenizer*"):
         tokenizer.unlink()
     check_tokenizers(copy, model_folder, key="student.model")
+
+
+def test_a_narrower_student_has_the_ids_of_the_tokenizer(model_folder: Path) -> None:
+    check_ids(model_folder, len(TOKENS))
+    with pytest.raises(
+        ConfigError, match=f"vocab_size={len(TOKENS) - 1}, but .* has ids up to {len(TOKENS) - 1}"
+    ):
+        check_ids(model_folder, len(TOKENS) - 1)
 
 
 def test_a_file_that_is_no_gguf_is_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -128,6 +129,30 @@ def test_slices_and_export_on_two_ranks(folders: dict[str, Path], tmp_path: Path
     for index, (layout, name) in enumerate(cases):
         _check_slices(layout, name, [rank[index] for rank in ranks], folders[name])
         _check_export(tmp_path / f"{name}-{'-'.join(f'{k}{v}' for k, v in layout.items())}", folders[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ids_that_are_padding_stay_in_the_folder(name: str, folders: dict[str, Path]) -> None:
+    """A model of 90 ids in a folder of 97, also where tp cuts them; nothing else may be longer than the config says."""
+    whole = _whole(folders[name])
+    config = copy.deepcopy(CONFIGS[name])
+    config.vocab_size = 90
+    for rank in range(2):
+        tp = Axis("tp", 2, rank)
+        stage = build_stage(config, pp=Axis("pp"), tp=tp, dtype=torch.float64)
+        load_weights(stage, folders[name], may_be_padded=True)
+        for entry in parameter_table(stage):
+            ids = slice(rank * 45, (rank + 1) * 45)
+            if entry.name in (EMBEDDING, HEAD):
+                assert torch.equal(entry.parameter, whole[entry.name][ids])
+            elif entry.shard is None:
+                assert torch.equal(entry.parameter, whole[entry.name])
+        with pytest.raises(WeightsError, match="the config says"):
+            load_weights(stage, folders[name])
+    config.intermediate_size -= 8
+    narrow = build_stage(config, pp=Axis("pp"), tp=Axis("tp"), dtype=torch.float64)
+    with pytest.raises(WeightsError, match="mlp.* the config says"):
+        load_weights(narrow, folders[name], may_be_padded=True)
 
 
 def _export_two_stages_each(folders: dict[str, Path], root: Path) -> None:
