@@ -1,8 +1,9 @@
-"""What a user may ask for: values, sizes that must divide, and settings that fit the models and the world.
+"""What a user may ask for, as far as the settings alone show it: values, sizes that must divide, and settings that fit the world.
 
-Decides: the sentence of every mistake that can be seen before weights are read, each naming the key, its value and
-what would be right. Assumes a `Config` with the right types (`distill.convert`). Needs no torch and no weights, so a
-command can refuse within a second of its start. Whether a name is that of a causal LM, `distill.pretrained` finds out.
+Decides, with `bounds`, `student_checks`, `optimizer_checks` and `judging_checks`, the sentence of every such mistake, each naming
+the key, its value and what would be right. Assumes a `Config` with the right types (`distill.convert`). Needs no torch, so
+a command can refuse within a second of its start. What fits the models, `model_checks` and `shape` say; whether a name is that of
+a causal LM, `pretrained` finds out.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _POSITIVE = (
     "log.health_limit_s",
     "evaluate.rows",
 )
+_NO_CLIPPING = "must be a number above 0; use null for no clipping"
 _NOT_NEGATIVE = (
     "train.seed",
     "pipeline.replan_every",
@@ -106,9 +108,13 @@ def check_config(
     """
     _check_rounds(config)
     rounds = rounds_of(config)
-    for settings in rounds:
-        _check_schedules(settings.loss)
-        _check_values(flatten(config_to_dict(settings)))
+    for index, settings in enumerate(rounds):
+        try:
+            _check_settings(settings)
+        except ConfigError as error:
+            if len(rounds) == 1 or _is_shared(config, error):
+                raise
+            raise ConfigError(f"rounds[{index}]: {error}") from error
     config = fill_mesh(config, world_size)
     for index, settings in enumerate(rounds):
         _check_ratio(config, index, settings.student.prune)
@@ -135,7 +141,8 @@ def fill_mesh(config: Config, world_size: int) -> Config:
         if world_size % model_size:
             raise ConfigError(
                 f"mesh.pp={mesh.pp} x mesh.tp={mesh.tp} = {model_size} does not divide the number of processes, "
-                f"{world_size}; start a multiple of {model_size} or use sizes whose product divides {world_size}"
+                f"{world_size}; start a multiple of {model_size} (.venv/bin/python -m launch.torchrun --nproc-per-node "
+                f"{model_size} -m launch.distill ...), or use sizes whose product divides {world_size}"
             )
         return replace(config, mesh=replace(mesh, dp=world_size // model_size))
     if mesh.dp < 1:
@@ -153,6 +160,21 @@ def _check_rounds(config: Config) -> None:
         raise ConfigError(
             "rounds=[] must have an entry for each round; use [{}] for one as the other keys say"
         )
+
+
+def _is_shared(config: Config, error: ConfigError) -> bool:
+    """Whether a mistake is made by the keys that all rounds share, whatever an entry says."""
+    try:
+        _check_settings(round_config(replace(config, rounds=({},)), 0))
+    except ConfigError as shared:
+        return str(shared) == str(error)
+    return False
+
+
+def _check_settings(settings: Config) -> None:
+    """Check all values of one round's settings."""
+    _check_schedules(settings.loss, settings.train.steps)
+    _check_values(flatten(config_to_dict(settings)))
 
 
 def _check_ratio(config: Config, index: int, prune: Prune) -> None:
@@ -184,7 +206,8 @@ def _check_values(flat: dict[str, Any]) -> None:
             raise ConfigError(f"{key}={show(value)} is not known; use {either(map(show, words))}")
     for key in _POSITIVE:
         if flat[key] is not None and not 0 < flat[key] < math.inf:
-            raise ConfigError(f"{key}={flat[key]} must be greater than 0")
+            wanted = _NO_CLIPPING if key == "optimizer.clip" else "must be greater than 0"
+            raise ConfigError(f"{key}={flat[key]} {wanted}")
     for key in _NOT_NEGATIVE:
         if not 0 <= flat[key] < math.inf:
             raise ConfigError(f"{key}={flat[key]} must be 0 or more")
@@ -208,8 +231,8 @@ def _check_values(flat: dict[str, Any]) -> None:
     _check_related(flat)
 
 
-def _check_schedules(loss: Loss) -> None:
-    """Check every value that the temperature, alpha and the weight of the hidden states take."""
+def _check_schedules(loss: Loss, num_steps: int) -> None:
+    """Check every value that the temperature, alpha and the weight of the hidden states take in a round of so many steps."""
     numbers = {"temperature": loss.temperature, "alpha": loss.alpha, "hidden.weight": loss.hidden.weight}
     typed = flatten(config_to_dict(loss))
     for name, number in numbers.items():
@@ -229,6 +252,11 @@ def _check_schedules(loss: Loss) -> None:
                 raise ConfigError(f"loss.{name}={shown} must be 0 or more")
         if isinstance(number, Stages) and any(step < 0 for step in number.values):
             raise ConfigError(f"loss.{name}={shown} must name steps of 0 or more")
+        if isinstance(number, Stages) and (last := max(number.values)) >= num_steps > 0:
+            raise ConfigError(
+                f"loss.{name}={shown} names step {show(last)}, but with train.steps={show(num_steps)} the last one is "
+                f"{show(num_steps - 1)}; use earlier steps, or more train.steps"
+            )
 
 
 def _check_related(flat: dict[str, Any]) -> None:
@@ -276,7 +304,8 @@ def _check_virtual_stages(flat: dict[str, Any]) -> None:
         return
     if schedule not in ("interleaved", "gpipe"):
         raise ConfigError(
-            f"pipeline.virtual_stages={virtual_stages} does not go with pipeline.schedule={schedule}; use interleaved, or 1"
+            f"pipeline.virtual_stages={virtual_stages} does not go with pipeline.schedule={schedule}; use "
+            "interleaved or gpipe, or 1"
         )
     if flat["mesh.pp"] == 1:
         raise ConfigError(f"pipeline.virtual_stages={virtual_stages} needs mesh.pp of 2 or more; use 1")
@@ -297,7 +326,7 @@ def _check_paths(config: Config, needs: Iterable[str]) -> None:
     flat = flatten(config_to_dict(config))
     advice = {
         "teacher.model": "a hub id, a folder, a GGUF file or embedded",
-        "student.model": "a hub id or a folder",
+        "student.model": "a hub id, a folder or a GGUF file",
         "data.path": "a file, a folder, a list of files, a data set id or pydoc",
     }
     if "teacher.model" in needs:

@@ -100,7 +100,7 @@ class Pipeline:
     virtual_stages: int = 1
     """Stages of the student on each rank; more than 1 goes with `interleaved` and `gpipe`."""
     slices: int | None = None
-    """Pieces a rank's teacher forward is cut into; null chooses about one student forward each."""
+    """Pieces a rank's teacher forward is cut into, at most as many as a stage of it has layers; null chooses about one student forward each."""
     measure_steps: int = 3
     """Steps that measure, with the teacher inline, before `fill` is planned; the first of them warms up."""
     replan_every: int = 50
@@ -114,7 +114,7 @@ class Pipeline:
 @dataclass(frozen=True)
 class Data:
     path: str | tuple[str, ...] | None = None
-    """File, folder, list of files, hub data set id, or `pydoc` (the reference text inside every Python)."""
+    """File (.txt, .jsonl, .parquet), folder of them, hub data set id (`owner/name` or `owner/name:subset`, of which the split `train` is read), `pydoc` (the reference text inside every Python), or a list of these."""
     weights: tuple[float, ...] | None = None
     """Shares of the training rows that come from each entry of the list `path`, in any unit; null takes all text as it is."""
     text_field: str = "text"
@@ -126,7 +126,7 @@ class Data:
     held_out_fraction: float = 0.1
     """Share of the text (whole documents) kept out of training and used for evaluation."""
     cache_dir: str = "cache"
-    """Folder of tokenised corpora and of the teachers' judgements, keyed by content."""
+    """Folder, shared by all machines, of fetched and converted models, Arrow files, packed rows, scores and the teacher's judgements."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Train:
 @dataclass(frozen=True)
 class Optimizer:
     engine: str = "torch"
-    """Who reduces gradients and updates the weights: `torch` (ours), or `deepspeed` (its ZeRO optimizer under our tensor and pipeline parallelism; `pip install deepspeed==0.19.8`)."""
+    """Who reduces gradients and updates the weights: `torch` (ours), or `deepspeed` (its ZeRO optimizer under our tensor and pipeline parallelism; `bash launch/install.sh deepspeed` installs it)."""
     name: str = "adamw"
     """Rule of the update: `adamw`, `adam`, `radam`, `adamax`, `adagrad`, `rmsprop`, `sgd`, or `adamw8bit` (bitsandbytes' 8-bit moments)."""
     zero_stage: int = 1
@@ -180,7 +180,7 @@ class Optimizer:
     schedule: str = "cosine"
     """Learning rate after the warm-up: `cosine`, `linear` or `constant`."""
     min_lr_ratio: float = 0.1
-    """Share of `lr` that is left at the last step of `cosine` and `linear`."""
+    """Share of `lr` that `cosine` and `linear` decay to; the step after the last one would reach it."""
     moments: str = "keep"
     """What a round does with the rule's state of the round before: `keep` (cut like the weights) or `reset`."""
 
@@ -216,9 +216,9 @@ class Log:
     health_port: int | None = None
     """Port on which rank 0 answers `/healthz` (200, or 503 without progress) and `/metrics` (Prometheus); 0 takes a free one and says it, null opens none."""
     health_host: str = "127.0.0.1"
-    """Address of that port: nobody has to say who they are, so only this machine can ask unless it is 0.0.0.0 (all addresses) or another one of its own."""
+    """Address at which that port is opened. Whoever reaches it may ask, so it is this machine's own unless set: 0.0.0.0 for all of its addresses, or one of them."""
     health_limit_s: float = 600.0
-    """Seconds without a step or the begin of another phase (loading, pruning, judging) after which `/healthz` answers 503."""
+    """Seconds without a sign of progress after which `/healthz` answers 503: a step, the begin of another phase (loading, pruning, judging), an action inside it, or processor time where work makes no such marks (a download, tokenising)."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Config:
     student: Student = field(default_factory=Student)
     loss: Loss = field(default_factory=Loss)
     rounds: tuple[Mapping[str, Any], ...] = ({},)
-    """One entry a round, with what is different in it: `student`, `loss`, `teacher`, `data`, `gate`, `train.steps`, learning rate ..."""
+    """One entry a round, with what differs in it from the run's other keys (not from the round before): `student`, `loss`, `teacher`, `data`, `gate`, `train.steps`, learning rate ..."""
     mesh: MeshShape = field(default_factory=MeshShape)
     pipeline: Pipeline = field(default_factory=Pipeline)
     data: Data = field(default_factory=Data)

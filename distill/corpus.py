@@ -10,6 +10,7 @@ larger than memory. Assumes UTF-8. Does not tokenise.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,12 +84,31 @@ def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset
     return whole.select(visible)
 
 
+def skipped_line(data: Data) -> str:
+    """Return a line about the files in folders of `data.path` whose suffix is not read; empty where there are none."""
+    paths = [data.path] if isinstance(data.path, str) else data.path or ()
+    folders = (place for path in paths if path != PYDOC and (place := Path(path).expanduser()).is_dir())
+    counts = Counter(
+        file.suffix or "without a suffix"
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.suffix not in _SUFFIXES and file.is_file()
+    )
+    if not counts:
+        return ""
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+    return (
+        f"note: in the folders of data.path only {', '.join(_SUFFIXES)} files are read; left out: {counts.total()} "
+        f"({shown}{', ...' if len(counts) > 5 else ''})"
+    )
+
+
 def select_part(documents: Dataset, *, part: Part, held_out_fraction: float) -> Dataset:
     """Return the documents of one part, in their order; the parts share no document and leave none out.
 
     Documents are held out in the order of their hash while they fit into `held_out_fraction` of all characters (one
     that does not fit is passed over; the shortest is held out if none fits). Of a corpus of one document the end is held out,
-    cut off at a blank line.
+    cut off near the place asked for, at a blank line or a line's end where one is near.
 
     Args:
         documents: a data set with a column `text`.

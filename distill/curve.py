@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,8 @@ SMOOTH_FROM = 40
 MAX_POINTS = 800
 """Points a line is thinned to: more cannot be told apart at this width."""
 
-_SERIES = (
-    ("loss/total", "total", "total"),
-    ("loss/hard", "hard: cross-entropy", "hard"),
-    ("loss/soft", "soft: T\u00b2 KL(teacher \u2016 student)", "soft"),
-)
+_SERIES = (("loss/total", "total"), ("loss/hard", "hard"), ("loss/soft", "soft"))
+"""Keys of the lines that are drawn, and their styles."""
 _STYLE = """
   text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
   .paper { fill: #ffffff; stroke: #d0d7de } .grid { stroke: #e6eaee } .axis { stroke: #57606a }
@@ -68,7 +65,11 @@ class Scale:
 
 
 def draw_curve(
-    file: Path, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+    file: Path,
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    *,
+    kinds: Collection[str] = (),
 ) -> None:
     """Write the picture of a run.
 
@@ -76,13 +77,19 @@ def draw_curve(
         file: where the SVG goes.
         steps: lines of `metrics.jsonl`; losses in nats per valid token.
         evaluations: lines of `evaluations.jsonl` with `model` and `eval/loss`.
+        kinds: `loss.kind` of the rounds.
     """
-    write_whole(file, curve_svg(steps, evaluations))
+    write_whole(file, curve_svg(steps, evaluations, kinds=kinds))
 
 
-def curve_svg(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def curve_svg(
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    *,
+    kinds: Collection[str] = (),
+) -> str:
     """Return the picture as SVG text; arguments as `draw_curve`."""
-    raw = {key: _points(steps, key) for key, _, _ in _SERIES}
+    raw = {key: _points(steps, key) for key, _ in _SERIES}
     smooth = {key: running_mean(points) for key, points in raw.items()}
     held = _points([line for line in evaluations if line["model"] == "student"], "eval/loss")
     levels = _points([line for line in evaluations if line["model"] == "teacher"], "eval/loss")
@@ -91,14 +98,14 @@ def curve_svg(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
     parts = [*_frame(scale), *_rounds(steps, scale)]
     level, name = _teacher(teacher, scale) if teacher is not None else ([], [])
     parts += level
-    for key, _, style in _SERIES:
+    for key, style in _SERIES:
         if smooth[key] != raw[key]:
             parts.append(_line(raw[key], f"{style} raw", scale))
         parts.append(_line(smooth[key], style, scale))
     parts += [f'<circle class="held" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="5"/>' for x, y in held]
     # The name comes last, so that the losses that cross the level do not cross it out.
     parts += name
-    parts += _legend(has_held_out=bool(held))
+    parts += _legend(_names(steps, kinds), has_held_out=bool(held))
     parts.append(f'<text class="title" x="{LEFT}" y="24">{_title(held, teacher)}</text>')
     body = "\n".join(parts)
     return (
@@ -205,9 +212,16 @@ def _title(held: Points, teacher: float | None) -> str:
     return f"Held-out loss: {', '.join(known)} nats per token" if known else "Loss over the steps of the run"
 
 
-def _legend(*, has_held_out: bool) -> list[str]:
+def _names(steps: Sequence[Mapping[str, Any]], kinds: Collection[str]) -> list[str]:
+    """Return the words for the lines of `_SERIES`."""
+    has_hidden = any(line.get("loss/hidden") for line in steps)
+    soft = f"soft: T\u00b2 \u00d7 {next(iter(kinds))}" if len(set(kinds)) == 1 else "soft loss"
+    return ["total with hidden" if has_hidden else "total", "hard: cross-entropy", soft]
+
+
+def _legend(names: Sequence[str], *, has_held_out: bool) -> list[str]:
     parts, x, y = [], LEFT, 47
-    for _, name, style in _SERIES:
+    for name, (_, style) in zip(names, _SERIES, strict=True):
         parts.append(f'<polyline class="{style}" points="{x},{y - 4} {x + 22},{y - 4}"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{escape(name)}</text>')
         x += 28 + 7 * len(name) + 22

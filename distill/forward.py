@@ -1,7 +1,7 @@
 """Forward passes of student and teacher through the pipeline, without gradients: for evaluation and calibration.
 
-The same plan, links and executor as training, with `F` and `K` bound to stages that keep nothing. What happens with the
-last stage's hidden states is the caller's. The links must not be those of a training whose teacher is ahead: its
+The links and the executor of training run plans of their own, of forwards alone, with `F` and `K` bound to stages that keep
+nothing. What happens with the last stage's hidden states is the caller's. The links must not be those of a training whose teacher is ahead: its
 messages would be taken for these.
 """
 

@@ -13,7 +13,7 @@ from distill.config import ConfigError, Evaluate
 from distill.convert import show
 from distill.places import writable_file
 
-INSTALL_LM_EVAL = "pip install 'lm_eval[hf]==0.4.13'"
+INSTALL_LM_EVAL = ".venv/bin/pip install 'lm_eval[hf]==0.4.13'"
 
 
 def check_judging(evaluate: Evaluate) -> None:

@@ -29,6 +29,7 @@ from distill.curve import draw_curve
 from distill.dashboard import Dashboard
 from distill.health import Health
 from distill.line_file import LineFile
+from distill.rounds import rounds_of
 from distill.runfolder import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -202,7 +203,8 @@ class RunLog:
             finally:
                 beside.close()
                 self._metrics.close()
-            draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations)
+            kinds = [each.loss.kind for each in rounds_of(self._config)]
+            draw_curve(self._folder / CURVE_FILE, self.steps, self.evaluations, kinds=kinds)
         self.save_buffers(failed=failed, summary=summary)
 
     def save_buffers(self, *, failed: bool = True, summary: Mapping[str, Any] | None = None) -> None:

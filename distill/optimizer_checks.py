@@ -16,11 +16,8 @@ NAMES = ("adamw", "adam", "radam", "adamax", "adagrad", "rmsprop", "sgd", "adamw
 _STAGES = {"torch": (0, 1), "deepspeed": (1, 2)}
 _OF_MATRICES = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
 """Rules that look at more than one element at a time."""
-_PACKAGES = {
-    ("optimizer.engine", "deepspeed"): ("deepspeed", "deepspeed==0.19.8"),
-    ("optimizer.name", "adamw8bit"): ("bitsandbytes", "bitsandbytes==0.50.2"),
-}
-"""(key, value) -> package, and what pip installs."""
+_PACKAGES = {("optimizer.engine", "deepspeed"): "deepspeed", ("optimizer.name", "adamw8bit"): "bitsandbytes"}
+"""(key, value) -> package, which is also the name of the extra that `launch/install.sh` installs."""
 
 
 def check_optimizer(flat: dict[str, Any]) -> None:
@@ -38,10 +35,10 @@ def check_optimizer(flat: dict[str, Any]) -> None:
         raise ConfigError(
             f"optimizer.momentum={flat['optimizer.momentum']} must be 0 or more and less than 1"
         )
-    for (key, value), (package, requirement) in _PACKAGES.items():
+    for (key, value), package in _PACKAGES.items():
         if flat[key] == value and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"{key}={value} needs {package}, which is not installed; pip install {requirement}, or use "
+                f"{key}={value} needs {package}, which is not installed; bash launch/install.sh {package}, or use "
                 + {"optimizer.engine": "torch", "optimizer.name": "adamw"}[key]
             )
 

@@ -91,7 +91,11 @@ def _checked(
 ) -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
     """Return the configuration, and the shapes of the tensors in the files."""
     if not folder.is_dir():
-        raise ConfigError(f"{key}={folder} does not exist; give {_WANTS}")
+        # It was found or made before, by the first rank or by the run itself.
+        raise ConfigError(
+            f"{key}={folder} is not seen by this process though another has found or made it; data.cache_dir, run.dir and "
+            "local models must be in folders that all machines share"
+        )
     config = read_model_config(folder, trust_remote_code=trust_remote_code, key=key)
     return config, check_weight_files(folder, key=key)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import Config
+from distill.corpus import skipped_line
 from distill.data import MicroBatch, Rows, load_rows, spread_microbatches
 from distill.loading import first_rank_does
 from distill.pretrained import load_tokenizer
@@ -80,6 +81,8 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
         for each, (folder, pad) in zip(wanted, made, strict=True)
     )
     if mesh.world.is_first:
+        if line := skipped_line(data):
+            print(line, flush=True)
         _tell_share(held_out, sources, data.held_out_fraction)
     if data.weights is None:
         return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])

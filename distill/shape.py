@@ -180,7 +180,7 @@ def resolve_groups(config: PretrainedConfig, sizes: Sizes, prune: Prune, tp: int
     why += (
         ""
         if prune.hidden_size is not None
-        else f", and taken by {type(config).__name__} with {sizes.hidden=}"
+        else f", and taken by {type(config).__name__} with hidden_size={sizes.hidden}"
     )
     full = sizes.groups * unit
     return (

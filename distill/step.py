@@ -1,8 +1,8 @@
 """One optimizer step: the plan's actions bound to teacher, student, loss and optimizer.
 
-Decides what each kind of action means: `F` and `B`/`W` are the student's, `K` is a slice of the teacher (only this file
-knows that), and on the last stage `B` begins with both heads and the loss. The order is the plan's, the
-micro-batches are the caller's and are numbered over the whole run, since the teacher looks ahead over the end of a step.
+Decides what each kind of action means in training: `F` and `B`/`W` are the student's, `K` is a slice of the teacher, and on the
+last stage `B` begins with both heads and the loss. The order is the plan's, the micro-batches are the caller's and are
+numbered over the whole run, since the teacher looks ahead over the end of a step.
 Teacher outputs are looked up by micro-batch, never "the latest". The loss is divided by one number, the valid tokens
 of the whole step, known before the first backward.
 """

@@ -5,7 +5,7 @@ heads, key/value heads, the vocabulary, or one head's own width (which is never 
 it). Fused projections are runs of parts: qkv_proj is [query, key/value, key/value], gate_up_proj is [ffn, ffn]. One
 table by module name serves all families; where a name has two meanings (q_norm is one head wide in qwen3, all heads
 wide in olmo2) the size decides. Assumes the parameter names that transformers publishes. A name or a size that is not
-known is an error: nothing is left uncut by chance. Importance scores, cuts, and later the cutting of optimizer moments all
+known is an error: nothing is left uncut by chance. Cuts of weights, of later rounds' students and of the optimizer's moments all
 go through `layout_of`, so one permutation reaches everything it touches.
 
 Legend: D residual width, M feed-forward width, N query heads, G key/value heads, H head width, V vocabulary, L layers.

@@ -92,7 +92,7 @@ class LowRank:
 @dataclass(frozen=True)
 class Student:
     model: str | None = None
-    """Hub id or local folder of a ready student; null prunes one out of the teacher."""
+    """Hub id, local folder or GGUF file of a ready student; null prunes one out of the teacher."""
     prune: Prune = field(default_factory=Prune)
     """Shape of the pruned student."""
     sparsity: Sparsity = field(default_factory=Sparsity)

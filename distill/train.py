@@ -2,8 +2,9 @@
 
 Read top to bottom. A round opens a session of its own, because its student, and with it the split over the stages and the plan, may
 be another; what it takes from the round before comes from that round's exported student and its last checkpoint, so that a run
-which was killed in between goes on to the same bits. A request to stop is agreed on by all ranks between steps; what a step costs
-beyond the plan is one small all-reduce (the request and the peak of memory). Steps are counted from 1 in everything a user sees.
+which was killed in between goes on to the same bits. A request to stop is agreed on by all ranks between steps, in one small
+all-reduce (with the peak of memory) beside those that a step makes for its tokens and losses. Steps are counted from 1 in
+everything a user sees.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distill.companions import companions
 from distill.config import Config
@@ -320,12 +323,19 @@ def _check_finite(config: Config, who: str, figures: Figures) -> None:
     raise not_finite(config, key, f"the {who}'s loss on the held-out text is {loss}, its KL {kl}")
 
 
+def _device(mesh: Mesh) -> str:
+    name = f", {torch.cuda.get_device_name(mesh.device)}" if mesh.device.type == "cuda" else ""
+    return mesh.device.type + name
+
+
 def _say_start(running: Running, session: Session) -> None:
     config, progress = running.settings, running.progress
+    size = running.mesh.world.size
     running.log.say(
         f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
         f"{session.student_config.num_hidden_layers} layers; {session.corpus.train.num_rows:,} rows of {config.data.seq_len} "
-        f"tokens to train on, {session.num_held_out:,} held out"
+        f"tokens to train on, {session.num_held_out:,} held out; on {size} process{'es' if size > 1 else ''} "
+        f"({_device(running.mesh)})"
     )
     if progress.round_step:
         running.log.say(f"going on after step {progress.step} of {running.total_steps}")

@@ -1,1 +1,1 @@
-"""The commands: the only place that parses arguments, reads the environment and starts process groups."""
+"""The commands: arguments are parsed, the environment is read and processes are joined here."""

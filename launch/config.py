@@ -90,6 +90,9 @@ def compose_config(line: CommandLine) -> Config:
     if line.recipe_dir is not None:
         overrides.append(f"{_SEARCH_PATH}=['file://{Path(line.recipe_dir).resolve()}']")
     values, experiment = _compose(overrides)
+    if "experiment" in values:
+        # Hydra puts a recipe without that line below the name of its folder.
+        raise ConfigError(f"recipe experiment={experiment} needs the first line `# @package _global_`")
     config = config_from_dict(values)
     if config.run.dir is None:
         config = replace(config, run=replace(config.run, dir=f"runs/{experiment or 'default'}"))

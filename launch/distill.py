@@ -28,7 +28,7 @@ def distill(config: Config, mesh: Mesh, stop: Stop) -> None:
     summary = run(config, mesh, stop)
     if "failure" in summary:
         if mesh.world.is_first:
-            print(f"error: {summary['failure']}", file=sys.stderr, flush=True)
+            print(f"failed: {summary['failure']}", file=sys.stderr, flush=True)
         # All ranks have agreed on it, so none of them waits for this one.
         raise SystemExit(FAILURE)
     if mesh.world.is_first and summary["finished"]:

@@ -70,7 +70,7 @@ def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[
 
 
 COMMAND = Command(
-    usage="python -m launch.evaluate teacher.model=NAME [student.model=FOLDER] [KEY=VALUE ...]",
+    usage="python -m launch.evaluate teacher.model=NAME data.path=TEXT [student.model=FOLDER] [KEY=VALUE ...]",
     about="perplexity on held-out text, agreement with the teacher, multiple choice, lm_eval; for both models or the teacher alone",
     run=evaluate,
 )

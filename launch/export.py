@@ -42,7 +42,7 @@ def export(arguments: Sequence[str]) -> None:
     try:
         export_checkpoint(checkpoint, out, low_rank=settings.get("low_rank"))
     except OSError as error:
-        print(f"error: out={out} could not be written: {error}", file=sys.stderr)
+        print(f"failed: out={out} could not be written: {error}", file=sys.stderr)
         raise SystemExit(FAILURE) from error
     print(f"student: {out}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Write a pruned student, a Hugging Face folder, and nothing else.
+"""Write a pruned student, a Hugging Face folder, with the scores that shaped it beside it; trains nothing.
 
 Decides only that an existing student is not overwritten. The work is `distill.without_training`.
 """

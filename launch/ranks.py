@@ -2,7 +2,7 @@
 
 Decides: gloo between CPUs and NCCL between GPUs; the ranks watch each other from when they have met (`launch.watch`), and the
 process groups' own limits are out of the way. Assumes torchrun's environment when there is more than one process.
-Beside `parallel/` the only file that talks through `torch.distributed`.
+Beside `parallel/`, the launcher and the benchmarks the only file that imports `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distill.config import Config, ConfigError
+from distill.failures import RunFailed
 from distill.stop import Stop
 from launch.board import Board
 from launch.environment import FAILURE, World
@@ -24,6 +25,7 @@ from launch.meeting import Absent, meet
 from launch.watch import Watch
 from parallel.activity import Activity
 from parallel.mesh import PATIENCE, Mesh, coordinates_of
+from parallel.pipeline.executor import ActionFailed
 
 
 def choose_device(name: str, world: World) -> torch.device:
@@ -59,13 +61,16 @@ def joined(config: Config, world: World, stop: Stop) -> Iterator[Mesh]:
         stop: holds what must be saved before the process leaves.
     Raises:
         ConfigError: `run.device` cannot be had.
+        RunFailed: in a single process, its GPU's memory ran out.
     Collectives: initialises and destroys the default process group.
     """
     device = choose_device(config.run.device, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size == 1:
-        yield Mesh.single(device)
+        mesh = Mesh.single(device)
+        with _memory_told(mesh):
+            yield mesh
         return
     timeout = timedelta(seconds=config.train.timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -92,13 +97,30 @@ def joined(config: Config, world: World, stop: Stop) -> Iterator[Mesh]:
     store.set_timeout(PATIENCE)
     groups_store = dist.PrefixStore(f"{name}/groups", store)
     try:
-        yield _connect(config, groups_store, rank, size, device, activity)
+        mesh = _connect(config, groups_store, rank, size, device, activity)
+        with _memory_told(mesh):
+            yield mesh
     except ConfigError as error:
         watch.end_by_mistake(error, speaks_first=rank == 0)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
         watch.end_by_failure(error)
     watch.close()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _memory_told(mesh: Mesh) -> Iterator[None]:
+    """Turn the error of a GPU whose memory has run out in the block into a line."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
+        where = f" in {error.action}" if isinstance(error, ActionFailed) else ""
+        raise RunFailed(
+            f"{mesh.describe()}: GPU memory ran out{where}; use a smaller train.microbatch_size, train.recompute=full, or more "
+            "mesh.pp or mesh.tp"
+        ) from error
 
 
 def _connect(

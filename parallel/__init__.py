@@ -1,1 +1,1 @@
-"""One model on many devices: mesh, collectives, parallel layers, stages, checkpoints and the pipeline. No teacher, no loss."""
+"""One model on many devices: mesh, collectives, parallel layers, stages, checkpoints, and a pipeline whose plans also have a teacher's forwards. No loss."""

@@ -45,6 +45,10 @@ _Prepared = tuple[list[_Entry], dict[Action, Counter[Kind]], Counter[Kind]]
 class ActionFailed(RuntimeError):
     """A handler raised; the message names the rank's place, the action and the cause."""
 
+    def __init__(self, message: str, action: Action | None = None) -> None:
+        super().__init__(message)
+        self.action = action
+
 
 class Executor:
     """Runs plans on one rank.
@@ -201,7 +205,7 @@ class Executor:
                 handler(its_number)
             except Exception as error:
                 raise ActionFailed(
-                    f"{self._place} failed at {action}: {type(error).__name__}: {error}"
+                    f"{self._place} failed at {action}: {type(error).__name__}: {error}", action
                 ) from error
             end = self._lanes.mark()
             self._lanes.done(action, lane)

@@ -152,7 +152,7 @@ def make_plan(
         raise ValueError(f"teacher={teacher!r} is not known; use one of {', '.join(TEACHER)}, or None")
     if virtual_stages > 1 and not SCHEDULES[schedule].takes_virtual_stages:
         raise ValueError(
-            f"virtual_stages={virtual_stages} does not go with schedule={schedule!r}; use 1, or interleaved"
+            f"virtual_stages={virtual_stages} does not go with schedule={schedule!r}; use 1, or interleaved or gpipe"
         )
     if teacher is not None and num_slices < 1:
         raise ValueError(f"num_slices={num_slices} must be at least 1")

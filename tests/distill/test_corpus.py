@@ -16,7 +16,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 
 from distill.config import ConfigError, Data
-from distill.corpus import read_documents, select_part
+from distill.corpus import read_documents, select_part, skipped_line
 
 
 def _jsonl(path: Path, *records: Any) -> Path:
@@ -65,6 +65,16 @@ def test_each_kind_of_file_is_read(tmp_path: Path) -> None:
         "second",
         expected[1],
     ]
+
+
+def test_files_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "c.txt.gz", "inner/d.md", "inner/LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    words = "note: in the folders of data.path only .txt, .jsonl, .parquet files are read; left out: "
+    told = skipped_line(Data(path=("pydoc", str(tmp_path))))
+    assert told.startswith(f"{words}4 (2 .md, ") and "1 .gz" in told and "1 without a suffix" in told
+    assert skipped_line(Data(path=str(tmp_path / "a.txt"))) == skipped_line(Data(path="pydoc")) == ""
 
 
 def test_text_field_names_the_column(tmp_path: Path) -> None:

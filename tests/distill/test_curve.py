@@ -68,6 +68,13 @@ def test_teacher_and_held_out_points_are_drawn() -> None:
         assert word in words
 
 
+def test_the_legend_names_what_the_losses_are() -> None:
+    assert "soft: T\u00b2 \u00d7 skew_kl</text>" in curve_svg(steps(5), [], kinds=["skew_kl", "skew_kl"])
+    assert "soft loss</text>" in curve_svg(steps(5), [], kinds=["skew_kl", "jsd"])
+    assert "total</text>" in curve_svg([{**line, "loss/hidden": 0.0} for line in steps(5)], [])
+    assert "total with hidden</text>" in curve_svg([{**line, "loss/hidden": 0.1} for line in steps(5)], [])
+
+
 def test_rounds_are_parted() -> None:
     root = parse(curve_svg(steps(30, rounds=3), []))
     lines = [line for line in root.findall(f"{SVG}line") if line.get("class") == "round"]

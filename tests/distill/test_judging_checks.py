@@ -55,6 +55,6 @@ def test_lm_eval_that_is_not_installed(
         check_judging(good)
     assert str(caught.value) == (
         f"evaluate.lm_eval=[arc_easy,{folder}] needs lm_eval, which is not installed; "
-        "use pip install 'lm_eval[hf]==0.4.13'"
+        "use .venv/bin/pip install 'lm_eval[hf]==0.4.13'"
     )
     check_judging(Evaluate())

@@ -86,6 +86,11 @@ def test_harmed_folders_are_refused(copy: Path, harm: Callable[[Path], None], me
     assert str(caught.value).startswith(f"student.model={copy}")
 
 
+def test_a_folder_that_only_another_machine_sees(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not seen by this process .* data.cache_dir, run.dir and local"):
+        load_config(tmp_path / "cache" / "models" / "there")
+
+
 def test_folder_without_architectures_is_judged_by_its_model_type(copy: Path) -> None:
     _edit_config(copy, architectures=None)
     assert load_config(copy).model_type == "llama"

@@ -121,11 +121,15 @@ def test_recipes_of_the_user(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 7\n")
     (folder / "wrong.yaml").write_text("# @package _global_\ntrain:\n  stepz: 7\n")
+    (folder / "placeless.yaml").write_text("train:\n  steps: 7\n")
     (folder / "broken.yaml").write_text("# @package _global_\ntrain: [7\n")
     config = compose("--config-dir", str(tmp_path), "experiment=mine")
     assert (config.train.steps, config.run.dir) == (7, "runs/mine")
     with pytest.raises(ConfigError, match=r"there is no key train.stepz; did you mean train.steps\?"):
         compose("--config-dir", str(tmp_path), "experiment=wrong")
+    with pytest.raises(ConfigError) as caught:
+        compose("--config-dir", str(tmp_path), "experiment=placeless")
+    assert str(caught.value) == "recipe experiment=placeless needs the first line `# @package _global_`"
     with pytest.raises(ConfigError, match="a recipe is no valid YAML: ") as caught:
         compose("--config-dir", str(tmp_path), "experiment=broken")
     assert "\n" not in str(caught.value)

@@ -53,5 +53,5 @@ def test_a_folder_that_cannot_be_written(
     assert caught.value.code == 1
     assert (
         capsys.readouterr().err
-        == "error: out=b could not be written: [Errno 28] No space left on device: 'b/file'\n"
+        == "failed: out=b could not be written: [Errno 28] No space left on device: 'b/file'\n"
     )

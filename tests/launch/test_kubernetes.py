@@ -20,7 +20,12 @@ def pod(index: int, folder: Path, python: str, *, finished: bool) -> subprocess.
     (folder / "summary.json").write_text(json.dumps({"finished": finished}, indent=2))
     (folder / "python").write_text(f"#!/usr/bin/env bash\n{python}\n")
     (folder / "python").chmod(0o700)
-    places = {"RUN_ARGS": folder / "run.args", "PYTHON": folder / "python", "RUN_DIR": folder}
+    places = {
+        "RUN_ARGS": folder / "run.args",
+        "PYTHON": folder / "python",
+        "RUN_DIR": folder,
+        "CACHE_DIR": folder / "cache",
+    }
     return subprocess.run(
         [*container()["command"], *container()["args"]],
         cwd=ROOT,
@@ -52,6 +57,7 @@ def test_a_pod_starts_the_main_job(index: int, tmp_path: Path) -> None:
         "max-restarts": "3",
     }
     assert call.config.run.dir == str(tmp_path) and call.config.checkpoint.resume == "auto"
+    assert call.config.data.cache_dir == str(tmp_path / "cache")
     assert call.config.log.health_port == 8080 and call.config.log.health_host == "0.0.0.0"
     assert len(call.config.rounds) == 2 and call.config.mesh.dp == 16
 

@@ -3,9 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.config import ConfigError
+from distill.config import Config, ConfigError
+from distill.failures import RunFailed
+from distill.stop import Stop
 from launch.environment import World
-from launch.ranks import choose_device
+from launch.ranks import choose_device, joined
+from parallel.pipeline.actions import Action, Kind
+from parallel.pipeline.executor import ActionFailed
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,18 @@ def test_too_few_gpus_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         choose_device("cuda", world)
     choose_device("auto", world)
     assert capsys.readouterr().out == "note: 2 processes share 1 GPU on this machine, so the CPU is used\n"
+
+
+@pytest.mark.parametrize(("action", "where"), [(None, ""), (Action(0, Kind.B, 3), " in 0B3")])
+def test_memory_that_runs_out_is_one_line(action: Action | None, where: str) -> None:
+    ran_out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RunFailed) as caught, joined(Config(), World(), Stop()):
+        if action is None:
+            raise ran_out
+        raise ActionFailed("rank 0 failed at 0B3", action) from ran_out
+    assert str(caught.value) == (
+        f"rank 0 (pp 0, dp 0, tp 0): GPU memory ran out{where}; use a smaller train.microbatch_size, train.recompute=full, "
+        "or more mesh.pp or mesh.tp"
+    )
+    with pytest.raises(ActionFailed), joined(Config(), World(), Stop()):
+        raise ActionFailed("rank 0 failed at 0B3", action) from ValueError("another")
