@@ -1,6 +1,6 @@
 """What a user may ask for, as far as the settings alone show it: values, sizes that must divide, and settings that fit the world.
 
-Decides, with `bounds`, `student_checks`, `optimizer_checks` and `judging_checks`, the sentence of every such mistake, each naming
+Decides, with `bounds`, `loss_checks`, `student_checks`, `optimizer_checks` and `judging_checks`, the sentence of every such mistake, each naming
 the key, its value and what would be right. Assumes a `Config` with the right types (`distill.convert`). Needs no torch, so
 a command can refuse within a second of its start. What fits the models, `model_checks` and `shape` say; whether a name is that of
 a causal LM, `pretrained` finds out.
@@ -16,11 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from distill.annealing import Stages, extremes
 from distill.bounds import check_bounds
-from distill.config import Config, ConfigError, Loss
+from distill.config import Config, ConfigError
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
+from distill.loss_checks import check_loss
 from distill.optimizer_checks import check_optimizer
 from distill.places import check_writable
 from distill.rounds import rounds_of
@@ -173,7 +173,7 @@ def _is_shared(config: Config, error: ConfigError) -> bool:
 
 def _check_settings(settings: Config) -> None:
     """Check all values of one round's settings."""
-    _check_schedules(settings.loss, settings.train.steps)
+    check_loss(settings.loss, settings.train.steps)
     _check_values(flatten(config_to_dict(settings)))
 
 
@@ -214,11 +214,6 @@ def _check_values(flat: dict[str, Any]) -> None:
     for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             raise ConfigError(f"{key}={flat[key]} is outside 0 to 1")
-    for key in ("loss.beta", "loss.skew"):
-        if not 0.001 <= flat[key] <= 0.999:
-            raise ConfigError(
-                f"{key}={flat[key]} must be 0.001 to 0.999; use loss.kind=forward_kl or reverse_kl for the limits"
-            )
     if not 0 <= (ratio := flat["student.prune.pruning_ratio"]) < 1:
         raise ConfigError(f"student.prune.pruning_ratio={ratio} must be 0 or more and less than 1")
     if not 0 < (fraction := flat["data.held_out_fraction"]) < 1:
@@ -231,41 +226,12 @@ def _check_values(flat: dict[str, Any]) -> None:
     _check_related(flat)
 
 
-def _check_schedules(loss: Loss, num_steps: int) -> None:
-    """Check every value that the temperature, alpha and the weight of the hidden states take in a round of so many steps."""
-    numbers = {"temperature": loss.temperature, "alpha": loss.alpha, "hidden.weight": loss.hidden.weight}
-    typed = flatten(config_to_dict(loss))
-    for name, number in numbers.items():
-        shown = show(typed[name])
-        if isinstance(number, Stages) and min(number.values, default=-1) != 0:
-            raise ConfigError(
-                f"loss.{name}={shown} must name step 0 as the first, as in values: {{0: ..., 100: ...}}"
-            )
-        for value in extremes(number):
-            if name == "temperature" and not 0 < value < math.inf:
-                raise ConfigError(f"loss.{name}={shown} must be greater than 0")
-            if name == "temperature" and not 1e-4 <= value <= 1e4:
-                raise ConfigError(f"loss.{name}={shown} is outside 0.0001 to 10000")
-            if name == "alpha" and not 0 <= value <= 1:
-                raise ConfigError(f"loss.{name}={shown} is outside 0 to 1")
-            if name == "hidden.weight" and not 0 <= value < math.inf:
-                raise ConfigError(f"loss.{name}={shown} must be 0 or more")
-        if isinstance(number, Stages) and any(step < 0 for step in number.values):
-            raise ConfigError(f"loss.{name}={shown} must name steps of 0 or more")
-        if isinstance(number, Stages) and (last := max(number.values)) >= num_steps > 0:
-            raise ConfigError(
-                f"loss.{name}={shown} names step {show(last)}, but with train.steps={show(num_steps)} the last one is "
-                f"{show(num_steps - 1)}; use earlier steps, or more train.steps"
-            )
-
-
 def _check_related(flat: dict[str, Any]) -> None:
     """Check values of one group against each other."""
     _check_weights(flat["data.weights"], flat["data.path"])
     _check_virtual_stages(flat)
     check_student(flat)
     check_optimizer(flat)
-    _check_pairs(flat["loss.hidden.layers"])
     if flat["train.compile"] and flat["train.recompute"] == "selective":
         raise ConfigError("train.compile=true does not go with train.recompute=selective; use none or full")
     for key in ("pipeline.student_layers", "pipeline.teacher_layers"):
@@ -287,15 +253,6 @@ def _check_weights(weights: Any, paths: Any) -> None:
         )
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ConfigError(f"data.weights={show(weights)} must each be 0 or more, and one of them more")
-
-
-def _check_pairs(pairs: list[list[int]] | None) -> None:
-    students = [student for student, _ in pairs or ()]
-    if pairs is not None and (not pairs or len(set(students)) < len(students) or min(map(min, pairs)) < 0):
-        raise ConfigError(
-            f"loss.hidden.layers={show(pairs)} must be pairs [student's layer, teacher's layer] from 0 up, each layer of "
-            "the student once, or null"
-        )
 
 
 def _check_virtual_stages(flat: dict[str, Any]) -> None:
