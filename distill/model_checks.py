@@ -46,7 +46,7 @@ def check_models(config: Config, teacher: Any, student: Any) -> None:
     if config.student.sparsity.method is not None and config.student.sparsity.pattern == "2:4":
         _check_groups(config.mesh.tp, models["student"])
     sizes = {who: model.vocab_size for who, model in models.items()}
-    # A teacher's ids beyond the student's are padding, and left out (`distill.loading`).
+    # A teacher's ids beyond the student's are padding, and left out (`distill.planned_student`).
     if sizes["teacher"] < sizes["student"]:
         raise ConfigError(
             f"student.model={show(config.student.model)} has vocab_size={sizes['student']} but teacher.model={config.teacher.model} "

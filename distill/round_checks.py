@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from distill.config import Config, ConfigError
 from distill.convert import show
 from distill.hidden_map import check_widths, shared_with, was_cut
-from distill.loading import checked_student, first_rank_does, planned_configs
+from distill.loading import first_rank_does
+from distill.planned_student import checked_student, planned_configs
 from distill.pretrained import check_tokenizers, load_config, resolve_model
 from distill.rounds import lineage_of, round_folder
 from parallel.mesh import Mesh

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 from distill.candidates import best_shape
 from distill.config import Config
 from distill.data import MicroBatch
-from distill.loading import is_there, shapes_of
+from distill.loading import is_there
 from distill.model_checks import not_finite
+from distill.planned_student import shapes_of
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
 from distill.scoring import cached_scores

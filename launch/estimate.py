@@ -18,7 +18,8 @@ import torch
 from distill.balance import count_layers, split_models
 from distill.config import Config, ConfigError
 from distill.costs import MOST_SLICES, Profile, Split, stage_costs, stage_sums
-from distill.loading import DTYPES, checked_student, without_padding
+from distill.loading import DTYPES
+from distill.planned_student import checked_student, without_padding
 from distill.pretrained import load_config, resolve_model
 from distill.profiling import measure
 from distill.session import optimizer_options
