@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import string
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill import train
+from distill import session, train
+from distill import step as step_module
+from distill.config import Loss
+from distill.divergences import Divergence
 from distill.prune import load_kept
+from distill.rows import Corpus
 from distill.running import Running
+from distill.stream import BLOCK
 from launch import distill
+from parallel.checkpoint_manifest import read_manifest
 from tests.commands.test_resume import interrupt
-from tests.commands.tiny_run import Done, Inputs, call, metrics, start
+from tests.commands.tiny_run import Done, Inputs, call, metrics, read_lines, start
+from tests.distill.tiny_tokenizer import TOKENS
 
 SHRINKS = "rounds=[{train: {steps: 4}}, {student: {prune: {hidden_size: 24, num_layers: 2}}, optimizer: {lr: 0.002}}]"
 GROWS = "rounds=[{student: {prune: {hidden_size: 24, num_layers: 2}}}, {train: {steps: 4}}]"
@@ -24,6 +35,11 @@ CORRECTED = (
     "rounds=[{student: {prune: {pruning_ratio: 0, num_layers: null, intermediate_size: null, num_key_value_heads: null}}, "
     "loss: {alpha: 1}, train: {steps: 3}}, {teacher: {model: round-0}}]"
 )
+VARIED = (
+    "rounds=[{train: {steps: 3}}, {train: {steps: 5}, loss: {kind: reverse_kl}, optimizer: {warmup_steps: 2}, "
+    "data: {seq_len: 16, weights: [3, 1]}, student: {sparsity: {method: magnitude, schedule: linear, steps: 2}}}]"
+)
+REPEATED = ("gate.repeat_until=-100", "gate.repeats=2", "train.steps=3", "checkpoint.every=2")
 STEPS = 6
 
 
@@ -70,6 +86,72 @@ def grown(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def repeated(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """One round that is trained twice."""
+    folder = tmp_path_factory.mktemp("repeated")
+    done = call(distill.COMMAND, settings(inputs, folder, *REPEATED))
+    finished(done)
+    return folder, done
+
+
+class Seen(NamedTuple):
+    """A run, and what was seen of it from inside."""
+
+    folder: Path
+    out: str
+    corpora: list[Corpus]
+    """As they were opened."""
+    kinds: list[str]
+    """Of the loss, micro-batch by micro-batch."""
+
+
+def capitals(inputs: Inputs) -> Path:
+    """Write a second text, which shares no letter with the first; return its file."""
+    rng, words = random.Random(1), ["QUICK", "BROWN", "FOXES", "JUMP", "OVER", "LAZY", "DOGS"]
+    texts = [" ".join(rng.choices(words, k=20)) for _ in range(12)]
+    file = inputs.folder / "capitals.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+def varied_settings(inputs: Inputs, folder: Path, *overrides: str) -> list[str]:
+    return settings(
+        inputs,
+        folder,
+        VARIED,
+        f"data.path=[{inputs.corpus},{inputs.folder / 'capitals.jsonl'}]",
+        "data.weights=[1,1]",
+        "loss.temperature={kind: linear, start: 4, end: 1}",
+        "optimizer.lr=0.002",
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def varied(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Two rounds of one student, the second with length, loss, rate, text and zeros of its own."""
+    capitals(inputs)
+    corpora, kinds = [], []
+    load, divergence = session.load_corpus, step_module.divergence_of
+
+    def load_corpus(*given: Any) -> Corpus:
+        corpora.append(load(*given))
+        return corpora[-1]
+
+    def divergence_of(loss: Loss) -> Divergence:
+        kinds.append(loss.kind)
+        return divergence(loss)
+
+    folder = tmp_path_factory.mktemp("varied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "load_corpus", load_corpus)
+        patch.setattr(step_module, "divergence_of", divergence_of)
+        done = call(distill.COMMAND, varied_settings(inputs, folder))
+    finished(done)
+    return Seen(folder, done.out, corpora, kinds)
+
+
 def test_each_round_leaves_its_student_and_its_lines(shrunk: Path) -> None:
     lines = metrics(shrunk)
     assert [(line["step"], line["round"]) for line in lines] == [
@@ -104,6 +186,51 @@ def test_moments_come_along(inputs: Inputs, shrunk: Path, tmp_path: Path) -> Non
     mine, theirs = trajectory(tmp_path), trajectory(shrunk)
     assert mine[:5] == theirs[:5], "the first loss after the cut does not know of moments"
     assert mine[5] != theirs[5]
+
+
+def test_a_round_has_its_own_length_loss_and_rate(varied: Seen) -> None:
+    lines = metrics(varied.folder)
+    assert [line["round"] for line in lines] == [0] * 3 + [1] * 5
+    temperatures = [line["loss/temperature"] for line in lines]
+    ends = [temperatures[place] for place in (0, 2, 3, 7)]
+    assert ends == [4, 1, 4, 1], "from start to end over the steps of each round"
+    assert varied.kinds == ["forward_kl"] * 3 * 4 + ["reverse_kl"] * 5 * 4
+    rates = [line["optim/lr"] for line in lines]
+    assert rates[0] == 0.002 and rates[3:5] == [0.001, 0.002], "it rises again"
+
+
+def test_a_round_has_its_own_text(varied: Seen) -> None:
+    counts = [line["tokens"] for line in metrics(varied.folder)]
+    tokens = [after - before for before, after in pairwise([0, *counts])]
+    # A row of 16 has 15 labels at most.
+    assert min(tokens[:3]) > 4 * 15 >= max(tokens[3:])
+    letters = {TOKENS.index(letter) for letter in string.ascii_uppercase}
+    shares = [
+        sum(bool(letters & {*corpus.train.row(place).input_ids_S.tolist()}) for place in range(BLOCK))
+        for corpus in varied.corpora
+    ]
+    # The last is what the second round is judged by: the run's own.
+    assert shares == [BLOCK // 2, BLOCK // 4, BLOCK // 2]
+    assert [corpus.train.seq_len for corpus in varied.corpora] == [32, 16, 32]
+    said = re.findall(r"rows of (\d+) tokens to train on, (\d+) held out", varied.out)
+    judged = str(len(varied.corpora[0].held_out))
+    assert said == [("32", judged), ("16", judged)]
+
+
+def test_zeros_rise_over_the_steps_of_their_round(varied: Seen) -> None:
+    summary = json.loads((varied.folder / "summary.json").read_text())
+    assert summary["sparsity"] == {"pattern": "unstructured", "share": 0.5}
+
+
+def test_moments_are_reset_where_a_round_goes_on_with_its_student(
+    inputs: Inputs, varied: Seen, tmp_path: Path
+) -> None:
+    finished(call(distill.COMMAND, varied_settings(inputs, tmp_path, "optimizer.moments=reset")))
+    last = Path("checkpoints") / "step-00000008"
+    assert [read_manifest(folder / last).updates for folder in (varied.folder, tmp_path)] == [8, 5]
+    mine, theirs = trajectory(tmp_path), trajectory(varied.folder)
+    assert mine[:4] == theirs[:4], "the first loss of the round does not know of moments"
+    assert mine[4] != theirs[4]
 
 
 def test_what_was_dropped_comes_back_from_the_teacher(inputs: Inputs, grown: Path) -> None:
@@ -214,23 +341,45 @@ def test_a_corrected_teacher(inputs: Inputs, tmp_path: Path) -> None:
     assert table[3]["parameters"] < table[2]["parameters"]
 
 
-def test_gates(inputs: Inputs, tmp_path: Path) -> None:
-    again = call(
-        distill.COMMAND,
-        settings(inputs, tmp_path / "again", "gate.repeat_until=-100", "gate.repeats=2", "train.steps=3"),
+def gap(folder: Path, step: int) -> str:
+    """Return how far the student judged after a step is behind the teacher, as a gate tells it."""
+    lines = read_lines(folder / "evaluations.jsonl")
+    (teacher,) = (line["eval/loss"] for line in lines if line["model"] == "teacher")
+    student = [line["eval/loss"] for line in lines if (line["model"], line["step"]) == ("student", step)][-1]
+    return f"{student - teacher:.4f}"
+
+
+def test_gates(inputs: Inputs, repeated: tuple[Path, Done], tmp_path: Path) -> None:
+    folder, again = repeated
+    once_more = re.findall(
+        r"^gap (\S+) is above gate\.repeat_until=-100\.0: once more$", again.out, re.MULTILINE
     )
-    finished(again)
-    assert again.out.count("is above gate.repeat_until=-100.0: once more") == 1
-    lines = metrics(tmp_path / "again")
+    assert once_more == [gap(folder, 3)]
+    lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[0]["optim/lr"] == lines[3][
         "optim/lr"
     ]
     assert len({line["loss/total"] for line in lines}) == 6, "the text goes on"
     stopped = call(distill.COMMAND, settings(inputs, tmp_path / "stop", SHRINKS, "gate.stop_if=-100"))
     finished(stopped)
-    assert "round 0: gap" in stopped.out and "is above gate.stop_if=-100.0: the run ends here" in stopped.out
+    told = f"round 0: gap {gap(tmp_path / 'stop', 4)} is above gate.stop_if=-100.0: the run ends here"
+    assert told in stopped.out
     assert len(metrics(tmp_path / "stop")) == 4 and (tmp_path / "stop" / "student").is_dir()
     assert not (tmp_path / "stop" / "round-0").exists()
+
+
+def test_killed_in_the_second_training_of_a_round_it_ends_the_same(
+    inputs: Inputs, repeated: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = settings(inputs, tmp_path, *REPEATED)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        # Of the checkpoints after steps 2, 3, 4 and 6.
+        interrupt(patch, "parallel.checkpoint.write_shards", call_number=4)
+        call(distill.COMMAND, arguments)
+    done = call(distill.COMMAND, arguments)
+    finished(done)
+    assert "going on after step 4 of 6" in done.out and "once more" not in done.out
+    assert_same(tmp_path, repeated[0])
 
 
 def test_mistakes(inputs: Inputs, tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from distill.annealing import Stages
 from distill.config import Hidden
 from distill.evaluate import num_parameters
-from distill.hidden_loss import hidden_distance
+from distill.hidden_loss import HiddenTerm, hidden_distance
+from distill.hidden_map import Pair
 from parallel import checkpoint
+from parallel.gradients import WeightGradients
 from parallel.mesh import Mesh
+from parallel.pipeline.p2p import Message
 from parallel.weights import export_weights
 from tests.equivalence.trajectory import (
     LOSS,
@@ -75,6 +78,30 @@ def test_the_gradient_is_that_of_the_formula(kind: str) -> None:
     assert [each.dtype for each in hidden_distance(*narrow, valid, kind)] == [torch.float64, torch.float32]
 
 
+def test_without_projections_a_student_is_held_against_its_own_channels() -> None:
+    channels = torch.arange(48)[torch.arange(48) % 3 != 1]
+    term = HiddenTerm(
+        Mesh.single(),
+        [Pair(0, 1)],
+        split=TIED.split,
+        message=Message((1, 7, 48), torch.float64),
+        kind="mse",
+        students=[],
+        first=None,
+        channels=channels,
+    )
+    term._weight, term._num_valid_tokens = 1.0, lambda: 5
+    teacher_TE = torch.randn(7, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    valid_T = torch.tensor([True, False, True, True, False, True, True])
+    own_TD = teacher_TE[:, channels]
+    gradient_TD = term._gradient(0, WeightGradients(), own_TD, teacher_TE, valid_T)
+    assert gradient_TD.shape == (7, 32) and not gradient_TD.any() and term.sum == 0
+    # Channels that it does not have are not counted in the teacher's length either.
+    gradient_TD = term._gradient(0, WeightGradients(), 3 * own_TD, teacher_TE, valid_T)
+    assert gradient_TD[valid_T].all() and not gradient_TD[~valid_T].any()
+    torch.testing.assert_close(term.sum.item(), 4.0, rtol=1e-12, atol=0)
+
+
 def _check(
     cases: list[Case], ranks: Iterable[list[Trajectory]], references: dict[tuple[str, str], Trajectory]
 ) -> None:
@@ -116,7 +143,13 @@ def test_one_process_follows_plain_pytorch(
 
 @pytest.mark.parametrize(
     "layout",
-    ["pp2", pytest.param("pp4", marks=pytest.mark.slow), "tp2", pytest.param("dp2", marks=pytest.mark.slow)],
+    [
+        "pp2",
+        pytest.param("pp4", marks=pytest.mark.slow),
+        "tp2",
+        "dp2",
+        pytest.param("dp2, one bucket", marks=pytest.mark.slow),
+    ],
 )
 def test_no_layout_changes_anything(
     layout: str, folders: dict[str, str], references: dict[tuple[str, str], Trajectory]
@@ -142,7 +175,8 @@ def test_no_layout_changes_anything(
     elif layout == "pp4":
         cases = [replace(case, teacher="fill"), replace(case, schedule="zero_bubble", teacher="batch")]
     else:
-        cases = [case, replace(case, student="untied", recompute="full", num_microbatches=2, bucket_bytes=1)]
+        apart = replace(case, student="untied", recompute="full", num_microbatches=2, bucket_bytes=1)
+        cases = {"tp2": [case, apart], "dp2": [apart], "dp2, one bucket": [case]}[layout]
     _check(cases, run_distributed(size, run_cases, cases, folders, timeout_s=300), references)
 
 

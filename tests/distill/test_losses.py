@@ -321,6 +321,15 @@ def test_evaluation_agrees_with_dense_logits() -> None:
                 assert found == pytest.approx(expected, abs=1e-10)
 
 
+def test_a_teacher_without_any_doubt_is_in_the_bucket_that_begins_at_zero() -> None:
+    identity, sure = Head(torch.eye(7, dtype=torch.float64)), torch.zeros(1, 7, dtype=torch.float64)
+    # The others' exponentials underflow, so that the entropy is exactly the bound.
+    sure[0, 3] = 1e4
+    with mock.patch.object(losses, "ENTROPY_BOUNDS", (0.0, 1.5, 3.0, 5.0)):
+        stats = evaluate_tokens(torch.zeros_like(sure), identity, sure, identity, torch.tensor([3]))
+    assert [bucket.num_tokens for bucket in stats.by_entropy] == [0, 1, 0, 0, 0]
+
+
 def test_mistakes_are_named() -> None:
     tensors = Case().tensors()
     head, teacher = Head(tensors["weight"]), Head(tensors["teacher_weight"])

@@ -109,6 +109,29 @@ def test_moments_are_sums_of_outer_products_in_every_layout(folders: dict[str, s
                 _compare(mine, expected[family])
 
 
+def test_bf16_inputs_are_multiplied_in_float32(folders: dict[str, str]) -> None:
+    stage = build_stage(CONFIGS["qwen3"], pp=Axis("pp"), tp=Axis("tp"), dtype=torch.bfloat16, trainable=False)
+    load_weights(stage, Path(folders["qwen3"]))
+    ids, positions, valid = _text()
+    expected: dict[str, Tensor] = {}
+
+    def look(name: str, args: tuple[Tensor]) -> None:
+        assert args[0].dtype == torch.bfloat16
+        rows = args[0][valid].double()
+        expected[name] = rows.T @ rows
+
+    for target in _targets("qwen3"):
+        module = stage.layers[target.layer].get_submodule(target.module)
+        module.register_forward_pre_hook(lambda _, args, name=target.name: look(name, args))
+    with SecondMoments([stage], _targets("qwen3"), Mesh.single()) as moments, torch.no_grad():
+        moments.expect(valid)
+        stage(ids, positions)
+    for target in _targets("qwen3"):
+        wanted = expected[target.name]
+        # By the norm: single entries may cancel to next to nothing.
+        assert (moments.whole(target) - wanted).norm() < 1e-5 * wanted.norm(), target.name
+
+
 def test_linears_that_read_the_same_share_a_moment(folders: dict[str, str]) -> None:
     stage = build_stage(CONFIGS["qwen3"], pp=Axis("pp"), tp=Axis("tp"), trainable=False)
     with SecondMoments([stage], _targets("qwen3"), Mesh.single()) as moments:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import distill.step as step_module
 from distill.annealing import Ramp, Stages
-from distill.config import Loss
+from distill.config import Hidden, Loss
 from distill.data import IGNORE
 from distill.step import DistillationStep, head_of, messages
 from parallel.mesh import Axis, Mesh
@@ -146,7 +146,9 @@ def test_a_soft_loss_without_a_teacher_fails_at_the_action(folders: dict[str, st
         train(step, range(1))
 
 
-def _without_tokens(cases: list[Case], folders: dict[str, str]) -> list[tuple[list[dict], bool]]:
+def _without_tokens(
+    cases: list[Case], folders: dict[str, str], loss: Loss = LOSS
+) -> list[tuple[list[dict], bool]]:
     """Run a step in which the first half of the rows has no label, then one without any label."""
     results = []
     for case in cases:
@@ -154,7 +156,7 @@ def _without_tokens(cases: list[Case], folders: dict[str, str]) -> list[tuple[li
         labels = batch.labels_BS.clone()
         labels[: ROWS // 2] = IGNORE
         batches = [replace(batch, labels_BS=each) for each in (labels, torch.full_like(labels, IGNORE))]
-        step = make_step(case, folders, mesh_of(case), batch_at=batches.__getitem__)
+        step = make_step(case, folders, mesh_of(case), loss=loss, batch_at=batches.__getitem__)
         half, none = train(step, range(2))
         finite = all(bool(value.isfinite().all()) for value in state_of(step).values())
         results.append(([asdict(half), asdict(none)], finite))
@@ -169,6 +171,13 @@ def test_micro_batches_replicas_and_steps_without_valid_tokens(folders: dict[str
     ranks = run_distributed(2, _without_tokens, LAYOUTS, folders)
     assert all(finite for rank in ranks for _, finite in rank)
     _compare([[stats for stats, _ in rank] for rank in ranks], single[0])
+
+
+def test_a_step_without_valid_tokens_has_no_distance_of_hidden_states(folders: dict[str, str]) -> None:
+    loss = replace(LOSS, hidden=Hidden(weight=1.0))
+    (((half, none), finite),) = _without_tokens([SINGLE], folders, loss)
+    assert finite and half["hidden"] > 0
+    assert none["num_valid_tokens"] == none["hidden"] == none["total"] == none["grad_norm"] == 0
 
 
 def _failing_bucket(folders: dict[str, str]) -> str:

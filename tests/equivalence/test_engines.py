@@ -78,6 +78,18 @@ def _share(slot: Slot, mesh: Mesh) -> float:
     return share
 
 
+def _held(shape: tuple[int, ...]) -> Tensor:
+    """Return which entries of a parameter are held at 0, where some are: every third of a matrix."""
+    return (torch.arange(math.prod(shape)).view(shape) % 3 == 0) & (len(shape) > 1)
+
+
+def _hold(optimizer: StageOptimizer) -> None:
+    optimizer.make_mask()
+    for slot in optimizer.slots:
+        slot.view(optimizer.mask).copy_(_held(tuple(slot.entry.parameter.shape)))
+    optimizer.apply_mask()
+
+
 def _take_step(optimizer: StageOptimizer, step: int, *, spoiled: bool = False) -> float:
     optimizer.zero_grad()
     for slot in optimizer.slots:
@@ -144,20 +156,24 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind(dtype: torch.dtype, tmp
                 assert torch.equal(skipped.parameters[name], value), (case, name)
 
 
-def _update(cases: list[Case], folder: Path) -> list[Outcome]:
-    """Take the steps of each case."""
+def _update(cases: list[Case], folder: Path, holds: bool) -> list[Outcome]:
+    """Take the steps of each case, with some entries held at 0 if `holds`."""
     outcomes, meshes = [], _meshes(cases)
     for case in cases:
         optimizer = _open(case, meshes[case.layout], folder)
+        if holds:
+            _hold(optimizer)
         outcomes.append(_outcome(optimizer, [_take_step(optimizer, step) for step in range(STEPS)]))
     return outcomes
 
 
-def _reference(options: OptimizerOptions, folder: Path) -> Outcome:
-    """Take the same steps with torch's optimizer on whole tensors."""
+def _reference(options: OptimizerOptions, folder: Path, *, holds: bool) -> Outcome:
+    """Take the same steps with torch's optimizer on whole tensors, weights and gradients 0 where they are held."""
+    tensors = load_file(folder / "model.safetensors")
+    held = {name: _held(tuple(tensor.shape)) & holds for name, tensor in tensors.items()}
     parameters = {
-        name: torch.nn.Parameter(tensor.double())
-        for name, tensor in load_file(folder / "model.safetensors").items()
+        name: torch.nn.Parameter(tensor.double().masked_fill(held[name], 0))
+        for name, tensor in tensors.items()
     }
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -172,7 +188,7 @@ def _reference(options: OptimizerOptions, folder: Path) -> Outcome:
     norms = []
     for step in range(STEPS):
         for name, parameter in parameters.items():
-            parameter.grad = _gradient(name, tuple(parameter.shape), step)
+            parameter.grad = _gradient(name, tuple(parameter.shape), step).masked_fill(held[name], 0)
         norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), options.clip).item())
         for group in optimizer.param_groups:
             group["lr"] = RATE.at(step)
@@ -213,12 +229,14 @@ def _size(layout: tuple[int, int, int]) -> int:
     return layout[0] * layout[1] * layout[2]
 
 
-def _check_all(world_size: int, cases: list[Case], folder: Path) -> dict[Case, list[Outcome]]:
+def _check_all(
+    world_size: int, cases: list[Case], folder: Path, *, holds: bool = False
+) -> dict[Case, list[Outcome]]:
     """Take the steps, compare with torch, and return what each rank has of each case."""
-    ranks = run_distributed(world_size, _update, cases, folder, timeout_s=300)
+    ranks = run_distributed(world_size, _update, cases, folder, holds, timeout_s=300)
     by_case = {case: [rank[index] for rank in ranks] for index, case in enumerate(cases)}
     for case, outcomes in by_case.items():
-        expected = _reference(case.options, folder)
+        expected = _reference(case.options, folder, holds=holds)
         assert min(expected.norms) > case.options.clip, "clipping must be active"
         _check(outcomes, expected, case)
         assert len({tuple(outcome.norms) for outcome in outcomes}) == 1, "one norm on every rank, bit for bit"
@@ -244,6 +262,24 @@ def test_every_rule_in_every_layout(world_size: int, folder: Path) -> None:
                 assert one.norms == two.norms and all(same), (case, "stages 0 and 1 have the same bits")
 
 
+def test_bf16_parameters_are_rounded_masters_which_do_not_depend_on_the_stage(folder: Path) -> None:
+    whole, cut = (Case((1, 2, 1), options, torch.bfloat16) for options in OWN)
+    by_case = _check_all(2, [whole, cut], folder)
+    for one, two in zip(by_case[whole], by_case[cut], strict=True):
+        assert one.norms == two.norms and one.state.keys() == two.state.keys()
+        for key, value in one.state.items():
+            assert value.dtype == torch.float32 and torch.equal(two.state[key], value), key
+        for name, value in two.parameters.items():
+            assert torch.equal(value, two.state[f"weight/{name}"].bfloat16()), name
+
+
+def test_held_entries_stay_zero_where_gradients_are_cut_over_replicas(folder: Path) -> None:
+    case = Case((1, 2, 1), OWN[1])
+    for outcome in _check_all(2, [case], folder, holds=True)[case]:
+        for key, value in (outcome.parameters | outcome.state).items():
+            assert not value[_held(tuple(value.shape))].any(), key
+
+
 def _theirs(layout: tuple[int, int, int], names: tuple[str, ...]) -> list[Case]:
     adamw = [Case(layout, options) for options in THEIRS]
     return adamw + [Case(layout, replace(THEIRS[0], name=name)) for name in names]
@@ -263,6 +299,9 @@ def test_deepspeed_updates_as_one_process_does(
     names = tuple(RULES)[1:] if "every rule" in request.node.name else ("sgd",)
     cases = [case for layout in layouts for case in _theirs(layout, names)]
     cases.append(Case(layouts[0], THEIRS[1], torch.float32))
+    if _size(layouts[0]) == 2:
+        # The two ends of a tie, and what both shards have whole: each counts once.
+        cases += [Case(layout, THEIRS[0]) for layout in ((2, 1, 1), (1, 1, 2))]
     _check_all(_size(layouts[0]), cases, folder)
 
 
@@ -355,7 +394,7 @@ def test_eight_bit_moments_in_every_stage(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options = [replace(each, name="adamw8bit") for each in (*OWN, THEIRS[0])]
     cases = [Case((1, 2, 1), each, torch.float32) for each in options]
-    for rank in run_distributed(2, _update, cases, folder, timeout_s=300):
+    for rank in run_distributed(2, _update, cases, folder, False, timeout_s=300):
         for other in rank[1:]:
             for key, value in rank[0].parameters.items():
                 torch.testing.assert_close(other.parameters[key], value, rtol=1e-6, atol=1e-6)

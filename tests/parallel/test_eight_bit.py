@@ -9,24 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from parallel.flat_state import Part, Store
-from parallel.update_rules import OptimizerOptions, Range, element_bytes, make_updater
+from parallel.update_rules import OptimizerOptions, Range, Updater, element_bytes, make_updater
 
 pytest.importorskip("bitsandbytes")
 NUMEL = 1024
 
 
-def _steps(name: str, cuts: list[int], steps: int = 6) -> tuple[Tensor, dict[str, Store], int]:
-    flat, gradient = torch.ones(NUMEL), torch.zeros(NUMEL)
+def _updater(name: str, cuts: list[int], flat: Tensor, gradient: Tensor) -> Updater:
     ranges = []
     for start, stop in itertools.pairwise(cuts):
         parameter = nn.Parameter(flat[start:stop])
         parameter.grad = gradient[start:stop]
         ranges.append(Range(parameter, stop <= 512, slice(start, stop)))
     updater = make_updater(OptimizerOptions(name=name, betas=(0.8, 0.95), weight_decay=0.1), ranges, NUMEL)
+    updater.set_rate(0.01)
+    return updater
+
+
+def _gradients(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        gradient.copy_(torch.randn(NUMEL, generator=generator) * torch.logspace(-4, 0, NUMEL))
-        updater.set_rate(0.01)
+    return torch.randn(count, NUMEL, generator=generator) * torch.logspace(-4, 0, NUMEL)
+
+
+def _steps(name: str, cuts: list[int], steps: int = 6) -> tuple[Tensor, dict[str, Store], int]:
+    flat, gradient = torch.ones(NUMEL), torch.zeros(NUMEL)
+    updater = _updater(name, cuts, flat, gradient)
+    for each in _gradients(steps):
+        gradient.copy_(each)
         updater.optimizer.step()
     return flat, updater.stores, sum(store.nbytes for store in updater.stores.values())
 
@@ -47,6 +56,30 @@ def test_eight_bits_are_adamw_but_for_rounding_wherever_ranges_are_cut() -> None
     assert all(
         torch.equal(others[kind].read(everything), store.read(everything)) for kind, store in stores.items()
     )
+
+
+def test_a_fresh_rule_goes_on_with_the_state_and_the_count_of_another() -> None:
+    flats, gradients = ([torch.full((NUMEL,), value) for _ in range(2)] for value in (1.0, 0.0))
+    whole, fresh = (
+        _updater("adamw8bit", [0, 512, 1024], flat, gradient)
+        for flat, gradient in zip(flats, gradients, strict=True)
+    )
+    first, second, third = _gradients(3)
+    for each in (first, second):
+        gradients[0].copy_(each)
+        whole.optimizer.step()
+    flats[1].copy_(flats[0])
+    everything = slice(0, NUMEL)
+    for kind, store in fresh.stores.items():
+        store.write(everything, whole.stores[kind].read(everything).clone())
+    fresh.set_updates(2)
+    assert fresh.num_updates == 2
+    for gradient, updater in zip(gradients, (whole, fresh), strict=True):
+        gradient.copy_(third)
+        updater.optimizer.step()
+    assert torch.equal(*flats)
+    for kind, store in fresh.stores.items():
+        assert torch.equal(store.read(everything), whole.stores[kind].read(everything)), kind
 
 
 def test_what_is_read_is_written_back_bit_for_bit() -> None:

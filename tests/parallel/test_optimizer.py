@@ -22,7 +22,7 @@ from parallel.pipeline.stage import TrainStage
 from parallel.update_rules import OptimizerOptions
 from parallel.weights import gather_tensor, load_weights
 from tests.families import save_tiny, tiny_config, tiny_model
-from tests.parallel.parts import whole_gradients
+from tests.parallel.parts import whole_gradients, whole_state
 from tests.workers import run_distributed
 
 OPTIONS = OptimizerOptions(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3, clip=0.05)
@@ -422,6 +422,33 @@ def test_every_layout_equals_one_process(
             assert outcome.norms == other.norms
             for key, value in outcome.parameters.items():
                 assert torch.equal(value, other.parameters[key]), (case, key)
+
+
+def _masters(folder: Path) -> dict[str, Tensor]:
+    """Return the masters of bf16 parameters after a step, as each replica is told them."""
+    mesh = Mesh.create(pp=1, dp=2, tp=1)
+    stage = build_stage(STUDENTS["untied"], pp=mesh.pp, tp=mesh.tp, dtype=torch.bfloat16)
+    load_weights(stage, folder)
+    optimizer = StageOptimizer.of_stages([stage], mesh, OPTIONS, RATE, bucket_bytes=1)
+    optimizer.zero_grad()
+    for slot in optimizer.slots:
+        slot.entry.parameter.main_grad.fill_(0.1)
+    optimizer.reduce(0)
+    optimizer.step(0, optimizer.norm())
+    optimizer.gather()
+    masters = {slot.entry.name: optimizer.master(slot).clone() for slot in optimizer.slots}
+    joined = whole_state(optimizer, ("weight",))
+    for slot in optimizer.slots:
+        name = slot.entry.name
+        assert torch.equal(masters[name], joined[f"weight/{name}"]), name
+        assert not torch.equal(masters[name], slot.entry.parameter.detach().float()), "rounded"
+    return masters
+
+
+def test_masters_that_are_cut_over_replicas_are_whole_on_each(folders: dict[str, Path]) -> None:
+    one, other = run_distributed(2, _masters, folders["untied"])
+    assert one.keys() == other.keys()
+    assert all(torch.equal(other[name], master) for name, master in one.items())
 
 
 def test_what_is_forgotten_or_counted_twice_is_seen(
