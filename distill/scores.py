@@ -25,6 +25,10 @@ from parallel.collectives import gather_objects
 from parallel.mesh import Mesh
 
 
+class NotFinite(ValueError):
+    """Scores that are NaN or infinite: so are the model's weights, or what it computes."""
+
+
 @dataclass
 class Scores:
     """Importance of every unit of a model, float32, global; higher is more important. Only ranks within one unit kind."""
@@ -41,13 +45,13 @@ class Scores:
     """How the layers were scored; None if they were not."""
 
     def check(self) -> None:
-        """Raise ValueError if a score is not finite, naming the layer."""
+        """Raise NotFinite if a score is not finite, naming the layer."""
         for layer in sorted({*self.layers, *self.ffn, *self.groups}):
             vectors = [scores[layer] for scores in (self.ffn, self.groups) if layer in scores]
             if not math.isfinite(self.layers.get(layer, 0.0)) or not all(v.isfinite().all() for v in vectors):
-                raise ValueError(f"importance: layer {layer} has scores that are not finite")
+                raise NotFinite(f"importance: layer {layer} has scores that are not finite")
         if not self.hidden.isfinite().all():
-            raise ValueError("importance: residual channels have scores that are not finite")
+            raise NotFinite("importance: residual channels have scores that are not finite")
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"hidden": self.hidden}

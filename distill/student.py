@@ -18,6 +18,7 @@ from distill.model_checks import not_finite
 from distill.planned_student import shapes_of
 from distill.prune import choose, load_kept, prune_checkpoint
 from distill.recut import recut_checkpoint
+from distill.scores import NotFinite
 from distill.scoring import cached_scores
 from distill.shape import Shape
 from parallel.collectives import barrier
@@ -69,7 +70,7 @@ def prune_teacher(
             links=links,
             microbatches=microbatches,
         )
-    except ValueError as error:
+    except NotFinite as error:
         raise not_finite(config, "teacher.model", str(error)) from error
     shape = candidates[0].shape
 

@@ -1,1 +1,1 @@
-"""The commands: arguments are parsed, the environment is read and processes are joined here."""
+"""The commands: only here are arguments parsed, the environment read and processes joined."""

@@ -10,7 +10,6 @@ hold any state beside the groups, and nothing in the project looks a mesh up: it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -226,17 +225,6 @@ class Mesh:
     def pipelines(self) -> list[tuple[int, ...]]:
         """World ranks of every pipeline, in one order on all ranks."""
         return pipelines_of(pp=self.pp.size, dp=self.dp.size, tp=self.tp.size)
-
-    @staticmethod
-    def from_torchrun(*, pp: int, dp: int, tp: int) -> Mesh:
-        """Build the mesh of a process that `torchrun` started: one GPU for each local rank, or the CPU.
-
-        Expects the default process group to be initialised (`launch/` does it, with the run's timeout).
-        """
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return Mesh.create(pp=pp, dp=dp, tp=tp, device=device)
 
     def describe(self) -> str:
         """Return this rank's place as words, for messages: `rank 3 (pp 1, dp 0, tp 1)`."""

@@ -35,7 +35,7 @@ ONLY_IN = {
     "pickle": (),
 }
 """Modules that only these files may import, also inside functions."""
-READS_ENVIRONMENT = ("launch/", "parallel/mesh.py")
+READS_ENVIRONMENT = ("launch/",)
 
 
 def name_of(path: Path) -> str:

@@ -143,7 +143,7 @@ def _mistakes() -> tuple[list[str], str]:
         with pytest.raises(ValueError, match="ranks, the world has 2") as caught:
             Mesh.create(**shape)
         messages.append(str(caught.value))
-    mesh = Mesh.from_torchrun(pp=1, dp=1, tp=2)
+    mesh = Mesh.create(pp=1, dp=1, tp=2)
     return messages, mesh.describe()
 
 
