@@ -71,7 +71,7 @@ def layer_pairs(
 
 def was_cut(folder: Path, model: str | None) -> bool:
     """Return whether the student in a folder was cut out of a model, as the settings name it; a cut remembers the name."""
-    return _is_cut(folder) and load_kept(folder)[1].get("teacher") == model
+    return _is_cut(folder) and _are_one(load_kept(folder)[1].get("teacher"), model)
 
 
 def shared_with(student: Path, teacher: Path, name: str | None) -> Shared:
@@ -84,7 +84,7 @@ def shared_with(student: Path, teacher: Path, name: str | None) -> Shared:
     if not _is_cut(student):
         return Shared(None, None)
     ours, provenance = load_kept(student)
-    if provenance.get("teacher") == name:
+    if _are_one(provenance.get("teacher"), name):
         return Shared(ours.layers, ours.hidden)
     if not was_cut(teacher, provenance.get("teacher")):
         return Shared(None, None)
@@ -100,6 +100,14 @@ def shared_with(student: Path, teacher: Path, name: str | None) -> Shared:
 
 def _is_cut(folder: Path) -> bool:
     return (folder / KEPT_FOLDER / KEPT_FILE).is_file()
+
+
+def _are_one(name: str | None, other: str | None) -> bool:
+    """Return whether two names mean one model: they are equal, or lead to one place."""
+    if name is None or other is None or name == other:
+        return name is not None and name == other
+    places = [Path(each).expanduser() for each in (name, other)]
+    return all(place.exists() for place in places) and places[0].resolve() == places[1].resolve()
 
 
 def check_widths(config: Config, *, student_width: int, teacher_width: int, shares_channels: bool) -> None:

@@ -96,6 +96,16 @@ def test_the_teacher_has_what_the_student_was_cut_from(tmp_path: Path) -> None:
     assert shared_with(plain, teacher, "big") == (None, None)
 
 
+def test_a_model_may_be_named_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    student = _cut(tmp_path / "student", KEPT, "models/big")
+    assert not was_cut(student, str(tmp_path / "models" / "big")), "there is no such place from here"
+    monkeypatch.chdir(tmp_path)
+    assert was_cut(student, str(tmp_path / "models" / "big"))
+    assert shared_with(student, tmp_path, f"{tmp_path}/models/../models/big").layers == KEPT.layers
+    assert not was_cut(student, "models")
+
+
 def test_an_assistant_has_what_it_kept_too(tmp_path: Path) -> None:
     """Both count the units of the model that they were cut out of, not each other's."""
     student = _cut(tmp_path / "student", KEPT, "big")
