@@ -69,7 +69,10 @@ def refuse_not_finite(optimizer: StageOptimizer, mesh: Mesh, progress: Progress)
 
 
 def _kept(checkpoints: Path) -> str:
-    found = complete_checkpoints(checkpoints)
+    try:
+        found = complete_checkpoints(checkpoints)
+    except OSError as error:
+        return f"{checkpoints} cannot be read ({error.strerror})"
     return (
         f"the checkpoint of step {int(found[-1].name[5:])} is kept" if found else "there is no checkpoint yet"
     )

@@ -66,6 +66,12 @@ def test_too_many_in_a_row_end_the_run(saved: tuple[int, ...], kept: str, tmp_pa
         check_skipped(_steps([False, True, True, True]), CONFIG, Said(), tmp_path, settle=settle)
 
 
+def test_checkpoints_that_cannot_be_read_are_told_with_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunFailed, match=r"checkpoints cannot be read \(Not a directory\); a lower"):
+        check_skipped(_steps([True] * 3), CONFIG, Said(), tmp_path / "checkpoints", settle=lambda: None)
+
+
 @pytest.mark.parametrize("name", ["weight", "exp_avg", "exp_avg_sq"])
 def test_what_is_not_finite_is_not_saved(name: str) -> None:
     stage = build_stage(tiny_config("llama"), pp=Mesh.single().pp, tp=Mesh.single().tp, dtype=torch.float32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -153,14 +155,15 @@ def _verify_where_one_rank_sees_less(folder: Path) -> list[str]:
     """The second rank does not see a file; then nobody does."""
     mesh = Mesh.create(pp=1, dp=2, tp=1)
     seen = []
-    original = Path.is_file
+    original = Path.stat
     for blind in ({1}, {0, 1}):
-        hidden = mesh.world.rank in blind
-        with mock.patch.object(
-            Path,
-            "is_file",
-            lambda self, hidden=hidden: original(self) and not (hidden and self.name in FILES),
-        ):
+
+        def look(self: Path, hidden: bool = mesh.world.rank in blind, **rest: Any) -> os.stat_result:
+            if hidden and self.name in FILES:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+            return original(self, **rest)
+
+        with mock.patch.object(Path, "stat", look):
             try:
                 verify(folder, mesh)
             except CheckpointError as error:
@@ -173,6 +176,30 @@ def test_what_one_machine_does_not_see_is_no_damage(tmp_path: Path) -> None:
     for first, second in run_distributed(2, _verify_where_one_rank_sees_less, folder):
         assert first.startswith("CheckpointOutOfReach: ") and "has 0 bytes" in first
         assert second.startswith("CheckpointError: ")
+
+
+def _told_where_the_first_rank_is_refused(folder: Path) -> list[str]:
+    """The first rank's disk refuses the manifest, then the folder of checkpoints; return what this rank is told."""
+    mesh = Mesh.create(pp=1, dp=2, tp=1)
+    told = []
+    for call, place in (("stat", folder / MANIFEST), ("iterdir", folder.parent)):
+        original = getattr(Path, call)
+
+        def refuse(self: Path, original: Any = original, place: Path = place, **rest: Any) -> Any:
+            if self == place and mesh.world.is_first:
+                raise OSError(errno.EIO, "Input/output error", str(self))
+            return original(self, **rest)
+
+        with mock.patch.object(Path, call, refuse), pytest.raises(CheckpointOutOfReach) as caught:
+            newest_sound(folder.parent, mesh)
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_disk_that_refuses_the_first_rank_is_told_on_every_rank(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    expected = [f"{place} cannot be read: Input/output error" for place in (folder / MANIFEST, tmp_path)]
+    assert run_distributed(2, _told_where_the_first_rank_is_refused, folder) == [expected] * 2
 
 
 def test_a_link_out_of_the_folder_is_no_way_around_the_hash(tmp_path: Path) -> None:
