@@ -25,26 +25,22 @@ def carry_moments(
     files: CheckpointFiles,
     optimizer: StageOptimizer,
     *,
-    updates: int,
     teacher_shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
     old: Kept,
     new: Kept,
 ) -> None:
-    """Fill this rank's state from the checkpoint of a student that was cut differently.
+    """Fill this rank's state from the checkpoint of a student that was cut differently; what that one does not have stays.
 
     Args:
         files: tensors of the checkpoint.
-        optimizer: of the new student.
-        updates: that the checkpoint's state has seen.
+        optimizer: of the new student; its state has been reset.
         teacher_shapes: shape of each parameter of the teacher, by name.
         sizes: the teacher's.
         old, new: units of the teacher that the checkpoint's student and the new one keep.
     Raises:
         CheckpointError: a tensor is missing, or has another shape than `old` says.
-    Collectives: those of `StageOptimizer.reset_moments` and `set_updates`.
     """
-    optimizer.reset_moments()
     for entry, parts in optimizer.state():
         name = teacher_name(entry.name, new)
         before = student_name(name, old) if name in teacher_shapes else None
@@ -61,7 +57,6 @@ def carry_moments(
             if entry.shard is not None:
                 whole = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
             part.write(whole.flatten()[part.start : part.stop])
-    optimizer.set_updates(updates)
 
 
 def _is_factored(files: CheckpointFiles, name: str) -> bool:

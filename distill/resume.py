@@ -7,7 +7,8 @@ the moments by the same indices (`distill.carry`), unless they are reset. Projec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +28,9 @@ from distill.session import Session
 from distill.structure import Sizes
 from distill.student_config import Student
 from parallel import checkpoint
+from parallel.checkpoint_files import CheckpointFiles
 from parallel.checkpoint_folders import DAMAGED, PassedOver, Sound, drop_after, newest_sound, verify
-from parallel.checkpoint_manifest import (
-    MANIFEST,
-    CheckpointError,
-    CheckpointOutOfReach,
-    read_manifest,
-)
+from parallel.checkpoint_manifest import MANIFEST, CheckpointError, CheckpointOutOfReach
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 
@@ -57,7 +54,7 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
     sound: Sound | None = None
     passed: list[PassedOver] = []
-    try:
+    with _telling(choice):
         # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
         if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
             sound, passed = _newest_own(root, mesh)
@@ -67,13 +64,6 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
         if sound is None:
             return None, Progress()
         progress = _progress(sound)
-    except CheckpointOutOfReach as error:
-        raise RunFailed(
-            f"{error}; nothing has been changed, and the same command tries again; a checkpoint that stays out of reach may be "
-            "moved away"
-        ) from error
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     if progress.round >= len(config.rounds) or (foreign and progress.round):
         raise ConfigError(
             f"checkpoint.resume={choice} is of round {progress.round}, which this run cannot begin with; give that round's "
@@ -82,6 +72,26 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
     for folder in drop_after(root, progress.step, mesh, damaged=passed):
         print(f"dropped {folder.name}: the run goes on from {sound.folder.name} on another way", flush=True)
     return sound.folder, progress
+
+
+@contextmanager
+def _telling(choice: str) -> Iterator[None]:
+    """Give a block that reads checkpoints; of what is wrong with them, a rank's disk is no mistake.
+
+    Args:
+        choice: the value of `checkpoint.resume`.
+    Raises:
+        ConfigError: a checkpoint cannot be used.
+        RunFailed: it cannot be read here and now, which may pass.
+    """
+    try:
+        yield
+    except CheckpointOutOfReach as error:
+        raise RunFailed(
+            f"{error}; the same command tries again; a checkpoint that stays out of reach may be moved away"
+        ) from error
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
 
 
 def _has_begun_with(choice: str, config: Config, mesh: Mesh) -> bool:
@@ -140,6 +150,7 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
 
     Raises:
         ConfigError: the checkpoint holds no student, or another one than is asked for.
+        RunFailed: it cannot be read here and now.
     Collectives: two broadcasts over the world.
     """
     target = lineage.factored if settings.student.low_rank.is_asked else lineage.begins
@@ -147,10 +158,8 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
         return
 
     def bring() -> None:
-        try:
+        with _telling(settings.checkpoint.resume):
             theirs = read_settings(found)
-        except CheckpointError as error:
-            raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
         _check_student(found, theirs.student, settings.student)
         if theirs.teacher.model == settings.teacher.model:
             export_checkpoint(found, target, low_rank="factored")
@@ -177,11 +186,12 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
         begins: whether the checkpoint is that of an earlier training, at whose end this one begins.
         recut: whether the session's student was cut anew since.
     Raises:
-        ConfigError: the checkpoint does not fit.
-    Collectives: those of `checkpoint.restore` or `carry_moments`.
+        ConfigError: the checkpoint does not fit; the same on every rank.
+        RunFailed: a rank cannot read it here and now; the same on every rank.
+    Collectives: those of `checkpoint.restore`, or of `checkpoint.read_together` and two `StageOptimizer.gather`.
     """
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
-    try:
+    with _telling(settings.checkpoint.resume):
         if not begins or not recut:
             checkpoint.restore(
                 found,
@@ -193,8 +203,6 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
                 optimizer.reset_moments()
         elif moments == "keep":
             _carry(found, session)
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
 
 
 def _of_a_round(name: str) -> bool:
@@ -204,18 +212,21 @@ def _of_a_round(name: str) -> bool:
 
 
 def _carry(found: Path, session: Session) -> None:
-    models = session.models
-    manifest = read_manifest(found)
+    models, optimizer = session.models, session.step.optimizer
     shapes = {
         name: tuple(each.shape) for name, each in build_meta_model(models.origin_config).named_parameters()
     }
-    with checkpoint.open_files(found, manifest) as files:
+    optimizer.reset_moments()
+
+    def carry(files: CheckpointFiles) -> None:
         carry_moments(
             files,
-            session.step.optimizer,
-            updates=manifest.updates,
+            optimizer,
             teacher_shapes=shapes,
             sizes=Sizes.of(models.origin_config),
             old=load_kept(models.previous_folder)[0],
             new=load_kept(models.student_folder)[0],
         )
+
+    manifest, _ = checkpoint.read_together(found, session.step.mesh, carry)
+    optimizer.set_updates(manifest.updates)

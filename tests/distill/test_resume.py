@@ -1,0 +1,64 @@
+"""Where a run goes on: which checkpoint, and what is wrong with one, told as a mistake or as what may pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from distill import resume
+from distill.config import Checkpoint, Config, ConfigError, Run
+from distill.failures import RunFailed
+from distill.resume import bring_student, take_over
+from distill.rounds import lineage_of
+from parallel.checkpoint_manifest import CheckpointError, CheckpointOutOfReach
+from parallel.mesh import Mesh
+from tests.workers import run_distributed
+
+MESH = Mesh.single()
+
+
+def settings(folder: Path, choice: str = "auto") -> Config:
+    return Config(run=Run(dir=str(folder)), checkpoint=Checkpoint(resume=choice))
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "words"),
+    [
+        (CheckpointOutOfReach, RunFailed, "^a.safetensors is gone; the same command tries again; a checkpoint that"),
+        (CheckpointError, ConfigError, "^checkpoint.resume=auto: a.safetensors is gone$"),
+    ],
+)  # fmt: skip
+def test_what_is_found_while_it_is_restored_is_told_as_what_it_is(
+    error: type[Exception],
+    told: type[Exception],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise error("a.safetensors is gone")
+
+    monkeypatch.setattr(resume.checkpoint, "restore", fail)
+    session = SimpleNamespace(step=SimpleNamespace(optimizer=None, mesh=MESH))
+    with pytest.raises(told, match=words):
+        take_over(tmp_path, settings(tmp_path), session, begins=False, recut=False)  # type: ignore[arg-type]
+
+
+def _told_of_a_student(folder: Path) -> str:
+    """Return what this rank is told when the first cannot read the settings beside a student."""
+    config = settings(folder / "run")
+
+    def fail(found: Path) -> Config:
+        raise CheckpointOutOfReach(f"{found} cannot be read")
+
+    with mock.patch.object(resume, "read_settings", fail), pytest.raises(RunFailed) as caught:
+        bring_student(folder, config, lineage_of([config], 0), Mesh.create(pp=1, dp=2, tp=1))
+    return str(caught.value)
+
+
+def test_a_student_out_of_reach_is_told_on_every_rank(tmp_path: Path) -> None:
+    first, second = run_distributed(2, _told_of_a_student, tmp_path)
+    assert first == second and first.startswith(f"{tmp_path} cannot be read; the same command tries again")
