@@ -23,7 +23,7 @@ from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
 from distill.rounds import Lineage, Progress, lineage_of
-from distill.runfolder import read_resume
+from distill.runfolder import CHECKPOINTS, is_foreign, read_resume
 from distill.session import Session
 from distill.structure import Sizes
 from distill.student_config import Student
@@ -40,24 +40,24 @@ def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
 
     It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such;
     what is passed over is told in a line, and set aside. One that is named begins a way of its own, which the same command
-    goes on with: later checkpoints of the way before are dropped. The settings in the folder tell whether it has begun, so they
-    are written after this.
+    goes on with, also when that one has gone: later checkpoints of the way before are dropped. The settings in the folder tell
+    whether it has begun, so they are written after this.
 
     Raises:
         ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
         RunFailed: one cannot be read by some rank, which may pass.
     Collectives: those of `newest_sound` and `verify`, a broadcast and a barrier over the world.
     """
-    choice, root = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
+    choice, root = config.checkpoint.resume, Path(config.run.dir) / CHECKPOINTS
     if choice == "none":
         return None, Progress()
-    foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
+    foreign = is_foreign(choice, Path(config.run.dir))
     sound: Sound | None = None
     passed: list[PassedOver] = []
     with _telling(choice):
         # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
         if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
-            sound, passed = _newest_own(root, mesh)
+            sound, passed = _newest_own(root, mesh, choice)
             foreign = foreign and sound is None
         if sound is None and choice != "auto":
             sound = Sound(Path(choice), verify(Path(choice), mesh))
@@ -98,9 +98,11 @@ def _has_begun_with(choice: str, config: Config, mesh: Mesh) -> bool:
     return choice == first_rank_does(mesh, lambda: read_resume(Path(config.run.dir)))
 
 
-def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
+def _newest_own(root: Path, mesh: Mesh, choice: str) -> tuple[Sound | None, list[PassedOver]]:
     """Return the run's newest sound checkpoint and what was passed over, and say so.
 
+    Args:
+        choice: the value of `checkpoint.resume`.
     Raises:
         ConfigError: there are checkpoints, and none is sound.
     """
@@ -108,7 +110,7 @@ def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]
     damaged = [each for each in passed if each.was_complete]
     if sound is None and damaged:
         raise ConfigError(
-            f"checkpoint.resume=auto: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
+            f"checkpoint.resume={choice}: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
             "begin anew"
         )
     if mesh.world.is_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,17 +12,53 @@ import pytest
 from distill import resume
 from distill.config import Checkpoint, Config, ConfigError, Run
 from distill.failures import RunFailed
-from distill.resume import bring_student, take_over
-from distill.rounds import lineage_of
-from parallel.checkpoint_manifest import CheckpointError, CheckpointOutOfReach
+from distill.resume import bring_student, find_checkpoint, take_over
+from distill.rounds import Progress, lineage_of
+from distill.runfolder import check_run_folder, write_config
+from parallel.checkpoint_folders import folder_of
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    Manifest,
+    write_manifest,
+)
 from parallel.mesh import Mesh
 from tests.workers import run_distributed
 
 MESH = Mesh.single()
 
 
-def settings(folder: Path, choice: str = "auto") -> Config:
-    return Config(run=Run(dir=str(folder)), checkpoint=Checkpoint(resume=choice))
+def settings(folder: Path, choice: object = "auto") -> Config:
+    return Config(run=Run(dir=str(folder)), checkpoint=Checkpoint(resume=str(choice)))
+
+
+def write(folder: Path, step: int, **progress: int) -> Path:
+    """Write a checkpoint without tensors."""
+    place = folder_of(folder, step)
+    place.mkdir(parents=True)
+    extras = asdict(Progress(step=step, **{"round_step": step, **progress}))
+    write_manifest(Manifest(step, step, {"mesh.pp": 1}, {}, {}, extras), place)
+    return place
+
+
+def test_a_run_goes_on_from_its_own_when_the_one_it_began_with_has_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    own = write(run / "checkpoints", 12)
+    for gone in (tmp_path / "other" / "step-00000010", run / "checkpoints" / "step-00000002"):
+        config = settings(run, gone)
+        write_config(config)
+        check_run_folder(config)
+        found, progress = find_checkpoint(config, MESH)
+        assert (found, progress.step) == (own, 12)
+
+
+def test_own_checkpoints_of_which_none_is_sound_are_told_with_what_was_asked_for(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", write(tmp_path / "other", 10)
+    (write(run / "checkpoints", 12) / MANIFEST).write_text("{}")
+    write_config(settings(run, other))
+    with pytest.raises(ConfigError, match=f"^checkpoint.resume={other}: no checkpoint in .* is sound"):
+        find_checkpoint(settings(run, other), MESH)
 
 
 @pytest.mark.parametrize(
