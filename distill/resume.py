@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distill.atomic import remove_whole
@@ -22,7 +22,7 @@ from distill.failures import RunFailed
 from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
-from distill.rounds import Lineage, Progress, lineage_of
+from distill.rounds import Lineage, Progress, lineage_of, may_repeat
 from distill.runfolder import CHECKPOINTS, is_foreign, read_resume
 from distill.session import Session
 from distill.structure import Sizes
@@ -35,43 +35,77 @@ from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 
 
-def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
-    """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is.
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
 
-    It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such;
-    what is passed over is told in a line, and set aside. One that is named begins a way of its own, which the same command
-    goes on with, also when that one has gone: later checkpoints of the way before are dropped. The settings in the folder tell
-    whether it has begun, so they are written after this.
+    found: Path | None = None
+    """The checkpoint; None where it begins anew."""
+    progress: Progress = field(default_factory=Progress)
+    passed: tuple[PassedOver, ...] = ()
+    """The run's own newer ones, which cannot be used."""
+
+
+def find_checkpoint(config: Config, mesh: Mesh) -> Start:
+    """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is; changes nothing.
+
+    It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such.
+    With one that is named a run only begins: the same command goes on from its own once it has some, as the settings in the
+    folder tell, also when that one has gone.
 
     Raises:
         ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
         RunFailed: one cannot be read by some rank, which may pass.
-    Collectives: those of `newest_sound` and `verify`, a broadcast and a barrier over the world.
+    Collectives: those of `newest_sound` and `verify`, and a broadcast over the world.
     """
-    choice, root = config.checkpoint.resume, Path(config.run.dir) / CHECKPOINTS
+    choice, folder = config.checkpoint.resume, Path(config.run.dir)
     if choice == "none":
-        return None, Progress()
-    foreign = is_foreign(choice, Path(config.run.dir))
+        return Start()
+    foreign = is_foreign(choice, folder)
     sound: Sound | None = None
     passed: list[PassedOver] = []
     with _telling(choice):
-        # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
         if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
-            sound, passed = _newest_own(root, mesh, choice)
+            sound, passed = _newest_own(folder / CHECKPOINTS, mesh, choice)
             foreign = foreign and sound is None
         if sound is None and choice != "auto":
             sound = Sound(Path(choice), verify(Path(choice), mesh))
         if sound is None:
-            return None, Progress()
+            return Start(passed=tuple(passed))
         progress = _progress(sound)
     if progress.round >= len(config.rounds) or (foreign and progress.round):
         raise ConfigError(
             f"checkpoint.resume={choice} is of round {progress.round}, which this run cannot begin with; give that round's "
             "student as student.model"
         )
-    for folder in drop_after(root, progress.step, mesh, damaged=passed):
-        print(f"dropped {folder.name}: the run goes on from {sound.folder.name} on another way", flush=True)
-    return sound.folder, progress
+    return Start(sound.folder, progress, tuple(passed))
+
+
+def leave_other_ways(start: Start, rounds: Sequence[Config]) -> None:
+    """Remove what a run has made on another way than the one that goes on from its checkpoint, and say so; on one rank.
+
+    Checkpoints that cannot be used are set aside, those after it and the cuts of later rounds go. The settings are to be
+    written after this: by them the same command goes on with this way, from the newest that is left.
+
+    Raises:
+        RunFailed: something cannot be moved or removed.
+    """
+    folder = Path(rounds[0].run.dir)
+    try:
+        for each in start.passed:
+            aside = f", set aside as {each.folder.name}{DAMAGED}" if each.was_complete else ""
+            print(f"passed over {each.folder.name}: {each.reason}{aside}", flush=True)
+        if start.found is not None:
+            for gone in drop_after(folder / CHECKPOINTS, start.progress.step, damaged=start.passed):
+                print(
+                    f"dropped {gone.name}: the run goes on from {start.found.name} on another way", flush=True
+                )
+        _drop_cuts(start.progress, rounds)
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or folder} cannot be moved or removed ({error.strerror or error}), as it must be before the run "
+            "goes on; the same command tries again"
+        ) from error
 
 
 @contextmanager
@@ -99,7 +133,7 @@ def _has_begun_with(choice: str, config: Config, mesh: Mesh) -> bool:
 
 
 def _newest_own(root: Path, mesh: Mesh, choice: str) -> tuple[Sound | None, list[PassedOver]]:
-    """Return the run's newest sound checkpoint and what was passed over, and say so.
+    """Return the run's newest sound checkpoint and what was passed over.
 
     Args:
         choice: the value of `checkpoint.resume`.
@@ -113,10 +147,6 @@ def _newest_own(root: Path, mesh: Mesh, choice: str) -> tuple[Sound | None, list
             f"checkpoint.resume={choice}: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
             "begin anew"
         )
-    if mesh.world.is_first:
-        for each in passed:
-            aside = f", set aside as {each.folder.name}{DAMAGED}" if each.was_complete else ""
-            print(f"passed over {each.folder.name}: {each.reason}{aside}", flush=True)
     return sound, passed
 
 
@@ -133,11 +163,15 @@ def _progress(sound: Sound) -> Progress:
     return progress
 
 
-def drop_cuts_after(progress: Progress, rounds: Sequence[Config]) -> None:
-    """Remove what later rounds were cut from the round under way, if it has steps to take before they begin; on one rank."""
-    if progress.round_step == rounds[progress.round].train.steps:
-        return
-    for index in range(progress.round + 1, len(rounds)):
+def _drop_cuts(progress: Progress, rounds: Sequence[Config]) -> None:
+    """Remove what later rounds were cut from other students than those that this way comes to.
+
+    Where a round ends, the next one's cut stays: it was made there, of the same student. Where the round may be trained again
+    it goes, for it may be of a later training; made anew of the same student, it is the same.
+    """
+    settings = rounds[progress.round]
+    ends = progress.round_step == settings.train.steps and not may_repeat(settings.gate, progress.attempt)
+    for index in range(progress.round + (2 if ends else 1), len(rounds)):
         lineage = lineage_of(rounds, index)
         for folder in (lineage.begins, lineage.factored) if lineage.made_in == index else ():
             if folder is not None and folder.exists():

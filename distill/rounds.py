@@ -163,6 +163,11 @@ class Progress:
         return replace(self, attempt=self.attempt + 1, round_step=0)
 
 
+def may_repeat(gate: Gate, attempt: int) -> bool:
+    """Whether a round may be trained once more after one that had been trained `attempt` times before."""
+    return gate.repeat_until is not None and attempt + 1 < gate.repeats
+
+
 def verdict(gate: Gate, *, gap: float, attempt: int) -> str:
     """Return what follows a round: `next`, `again` or `stop`.
 
@@ -170,7 +175,7 @@ def verdict(gate: Gate, *, gap: float, attempt: int) -> str:
         gap: the student's held-out loss less the teacher's, nats per token.
         attempt: times the round had been trained before.
     """
-    if gate.repeat_until is not None and gap > gate.repeat_until and attempt + 1 < gate.repeats:
+    if may_repeat(gate, attempt) and gap > gate.repeat_until:
         return "again"
     if gate.stop_if is not None and gap > gate.stop_if:
         return "stop"

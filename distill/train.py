@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,11 @@ from distill.evaluate import num_parameters
 from distill.health import Health, watched
 from distill.judging import gap_closed
 from distill.levels import Figures
+from distill.loading import Models, find_models, first_rank_does
 from distill.metrics import RunLog
 from distill.model_checks import not_finite
 from distill.results import export_round, run_summary
-from distill.resume import bring_student, drop_cuts_after, find_checkpoint, take_over
+from distill.resume import Start, bring_student, find_checkpoint, leave_other_ways, take_over
 from distill.round_checks import check_later_rounds
 from distill.rounds import STUDENT_FOLDER, lineage_of, round_folder, rounds_of, verdict
 from distill.runfolder import drop_summary, read_summary, write_config
@@ -63,16 +65,14 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
     ended = broadcast_object(read_summary(Path(config.run.dir)), mesh.world)
     if ended and ended.get("finished") and ended.get("round_steps") == [each.train.steps for each in rounds]:
         return ended
-    resumed, progress = find_checkpoint(config, mesh)
-    check_later_rounds(rounds, mesh, after=progress.round)
-    if mesh.world.is_first:
-        # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
-        write_config(config)
-        drop_summary(Path(config.run.dir))
-        drop_cuts_after(progress, rounds)
-    running = Running(config, rounds, mesh, stop, progress, health, newest=resumed)
-    session: Session | None = _open(running)
-    with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step, health=health) as log:
+    start = find_checkpoint(config, mesh)
+    running = Running(config, rounds, mesh, stop, start.progress, health, newest=start.found)
+    # Whatever the settings and the models' configs show is refused before anything is changed.
+    models = _find_models(running)
+    check_later_rounds(rounds, mesh, after=start.progress.round)
+    first_rank_does(mesh, lambda: _take_folder(start, config, rounds))
+    session: Session | None = _open(running, models)
+    with RunLog(config, writes=mesh.world.is_first, done_steps=start.progress.step, health=health) as log:
         stop.call_before_kill(log.save_buffers)
         running.log = log
         while (what := _round(running, session)) == "next":
@@ -82,7 +82,7 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
             if agree(mesh, stop)[0]:
                 what = "stopped"
                 break
-            session = _open(running)
+            session = _open(running, _find_models(running))
         if what == "stopped":
             step = running.progress.step
             log.say(
@@ -100,7 +100,23 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
         return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _open(running: Running) -> Session:
+def _take_folder(start: Start, config: Config, rounds: Sequence[Config]) -> None:
+    """Make the run's folder that of this run; on one rank."""
+    leave_other_ways(start, rounds)
+    # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
+    write_config(config)
+    drop_summary(Path(config.run.dir))
+
+
+def _find_models(running: Running) -> Models:
+    """Find the round's models. Collectives: those of `find_models`."""
+    running.health.begin("finding the models")
+    with running.mesh.activity.doing(f"{running.words}finding the models", computes=True):
+        lineage = lineage_of(running.rounds, running.progress.round)
+        return find_models(running.settings, running.mesh, lineage)
+
+
+def _open(running: Running, models: Models) -> Session:
     """Return the round's session, with what it takes over from the checkpoint that it goes on from."""
     settings, mesh, progress = running.settings, running.mesh, running.progress
     lineage = lineage_of(running.rounds, progress.round)
@@ -112,6 +128,7 @@ def _open(running: Running) -> Session:
         session = open_session(
             settings,
             mesh,
+            models,
             lineage,
             judging=running.config,
             first_row=progress.rows - progress.round_step * settings.train.global_batch_size,

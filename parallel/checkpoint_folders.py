@@ -20,7 +20,7 @@ from parallel.checkpoint_manifest import (
     reaching,
     read_manifest,
 )
-from parallel.collectives import barrier, broadcast_object, gather_objects
+from parallel.collectives import broadcast_object, gather_objects
 from parallel.hashed_files import FileRecord, difference, size_of
 from parallel.mesh import Mesh
 
@@ -160,24 +160,25 @@ def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]
     return None, passed
 
 
-def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) -> list[Path]:
+def drop_after(root: Path, step: int, *, damaged: Sequence[PassedOver]) -> list[Path]:
     """Remove the checkpoints of a run after `step`, which it goes on from on another way; set damaged ones aside.
 
+    On one rank.
+
     Returns:
-        The complete ones that are gone, on the first rank.
-    Collectives: a barrier over the world.
+        The complete ones that are gone.
+    Raises:
+        OSError: one cannot be moved or removed.
     """
     dropped = []
-    if mesh.world.is_first:
-        for folder in (each.folder for each in damaged if each.was_complete):
-            target = folder.with_name(folder.name + DAMAGED)
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-        for folder in _folders(root):
-            if (step_of(folder) or 0) > step:
-                dropped += [folder] if (folder / MANIFEST).exists() else []
-                remove(folder)
-    barrier(mesh.world)
+    for folder in (each.folder for each in damaged if each.was_complete):
+        target = folder.with_name(folder.name + DAMAGED)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    for folder in _folders(root):
+        if (step_of(folder) or 0) > step:
+            dropped += [folder] if _is_complete(folder) else []
+            remove(folder)
     return dropped
 
 

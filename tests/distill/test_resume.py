@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from distill import resume
-from distill.config import Checkpoint, Config, ConfigError, Run
+from distill import resume, train
+from distill.config import Checkpoint, Config, ConfigError, Gate, Run, Train
 from distill.failures import RunFailed
-from distill.resume import bring_student, find_checkpoint, take_over
-from distill.rounds import Progress, lineage_of
+from distill.resume import Start, bring_student, find_checkpoint, leave_other_ways, take_over
+from distill.rounds import Progress, lineage_of, rounds_of
 from distill.runfolder import check_run_folder, write_config
+from distill.stop import Stop
 from parallel.checkpoint_folders import folder_of
 from parallel.checkpoint_manifest import (
     MANIFEST,
@@ -24,6 +25,7 @@ from parallel.checkpoint_manifest import (
     write_manifest,
 )
 from parallel.mesh import Mesh
+from tests.commands.tiny_run import snapshot
 from tests.workers import run_distributed
 
 MESH = Mesh.single()
@@ -49,8 +51,77 @@ def test_a_run_goes_on_from_its_own_when_the_one_it_began_with_has_gone(tmp_path
         config = settings(run, gone)
         write_config(config)
         check_run_folder(config)
-        found, progress = find_checkpoint(config, MESH)
-        assert (found, progress.step) == (own, 12)
+        start = find_checkpoint(config, MESH)
+        assert (start.found, start.progress.step) == (own, 12)
+
+
+def test_nothing_is_changed_before_a_run_is_known_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by looking for a checkpoint nor by a mistake that the models show; then what is of another way goes."""
+    root = tmp_path / "checkpoints"
+    first, _, third = (write(root, step) for step in (2, 4, 6))
+    write_config(settings(tmp_path))
+    before = snapshot(tmp_path)
+
+    def fail(*given: object) -> None:
+        raise ConfigError("mesh.tp=3 does not divide num_attention_heads=4 of the teacher")
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="mesh.tp=3"):
+        patch.setattr(train, "find_models", fail)
+        train.run(settings(tmp_path, first), MESH, Stop())
+    assert snapshot(tmp_path) == before and capsys.readouterr().out == ""
+    leave_other_ways(find_checkpoint(settings(tmp_path, first), MESH), [settings(tmp_path)])
+    assert [path.name for path in root.iterdir()] == [first.name]
+    told = [
+        f"dropped step-0000000{step}: the run goes on from {first.name} on another way" for step in (4, 6)
+    ]
+    assert capsys.readouterr().out.splitlines() == told
+    (write(root, 8) / MANIFEST).write_text("{}")
+    leave_other_ways(find_checkpoint(settings(tmp_path), MESH), [settings(tmp_path)])
+    assert sorted(path.name for path in root.iterdir()) == [first.name, "step-00000008.damaged"]
+    assert ", set aside as step-00000008.damaged" in capsys.readouterr().out
+    assert not third.exists()
+
+
+def test_what_cannot_be_removed_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    write(tmp_path / "checkpoints", 2)
+    damaged = write(tmp_path / "checkpoints", 4)
+    (damaged / MANIFEST).write_text("{}")
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(RunFailed, match=f"^{damaged} cannot be moved or removed \\(Read-only file system\\)"):
+        leave_other_ways(find_checkpoint(settings(tmp_path), MESH), [settings(tmp_path)])
+
+
+REPEATS = Gate(repeat_until=0.1, repeats=2)
+
+
+@pytest.mark.parametrize(
+    ("progress", "gate", "left"),
+    [
+        (Progress(step=3, round_step=3), Gate(), []),
+        (Progress(step=4, round_step=4), Gate(), [1]),
+        (Progress(step=4, round_step=4), REPEATS, []),
+        (Progress(step=8, round_step=4, attempt=1), REPEATS, [1]),
+        (Progress(step=5, round_step=1, round=1), Gate(), [1]),
+        (Progress(step=8, round_step=4, round=1), Gate(), [1, 2]),
+        (Progress(step=12, round_step=4, round=2), REPEATS, [1, 2]),
+    ],
+)
+def test_cuts_of_another_way_go(progress: Progress, gate: Gate, left: list[int], tmp_path: Path) -> None:
+    """Of four rounds of four steps, each with a cut of its own."""
+    rounds = tuple({"student": {"prune": {"num_layers": 9 - index}}} for index in range(4))
+    config = replace(settings(tmp_path), train=Train(steps=4), gate=gate, rounds=rounds)
+    for index in range(1, 4):
+        for name in (f"pruned-{index}", f"factored-{index}"):
+            (tmp_path / name).mkdir()
+    (tmp_path / "pruned").mkdir()
+    leave_other_ways(Start(progress=progress), rounds_of(config))
+    kept = [f"{name}-{index}" for name in ("factored", "pruned") for index in left]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["pruned", *kept])
 
 
 def test_own_checkpoints_of_which_none_is_sound_are_told_with_what_was_asked_for(tmp_path: Path) -> None:

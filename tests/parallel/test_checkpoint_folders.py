@@ -95,7 +95,7 @@ def test_the_newest_sound_one_and_why_not_the_others(tmp_path: Path) -> None:
         passed, ("no manifest", "has 0 bytes", "c.safetensors is damaged", "a.safetensors"), strict=True
     ):
         assert words in each.reason
-    drop_after(tmp_path, 2, SINGLE, damaged=passed)
+    drop_after(tmp_path, 2, damaged=passed)
     assert names(tmp_path) == ["step-00000002", *(f"step-0000000{step}.damaged" for step in (4, 6, 8))]
     assert complete_checkpoints(tmp_path) == [folders[0]]
 
@@ -103,7 +103,7 @@ def test_the_newest_sound_one_and_why_not_the_others(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_from_an_older_one_leaves_no_newer_ones(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         write(tmp_path, step)
-    drop_after(tmp_path, 4, SINGLE, damaged=[])
+    drop_after(tmp_path, 4, damaged=[])
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
