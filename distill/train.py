@@ -187,21 +187,14 @@ def _round(running: Running, session: Session) -> str:
 
 def _follows(running: Running, loss: float) -> str:
     """Return what follows the round: `again`, `next` or `end`; say why where it is not plain. Equal on every rank."""
-    progress, gate = running.progress, running.settings.gate
+    progress = running.progress
     teacher = broadcast_object(running.log.level("teacher"), running.mesh.world)
-    gap = loss - teacher
-    what = verdict(gate, gap=gap, attempt=progress.attempt)
+    what, why = verdict(running.settings.gate, gap=loss - teacher, attempt=progress.attempt)
+    if why:
+        running.log.say(f"{running.words}{why}")
     if what == "again":
-        running.log.say(
-            f"{running.words}gap {gap:.4f} is above gate.repeat_until={gate.repeat_until}: once more"
-        )
         return "again"
-    is_last = progress.round + 1 == len(running.rounds)
-    if what == "stop" and not is_last:
-        running.log.say(
-            f"{running.words}gap {gap:.4f} is above gate.stop_if={gate.stop_if}: the run ends here"
-        )
-    return "end" if what == "stop" or is_last else "next"
+    return "end" if what == "stop" or progress.round + 1 == len(running.rounds) else "next"
 
 
 def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
