@@ -76,13 +76,20 @@ class _State:
     extras: dict[str, Any]
 
 
-def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any], memory: dict[str, Tensor]) -> _State:
-    """Copy what this rank writes into memory that is kept from one time to the next, by name."""
+def _copy(
+    optimizer: StageOptimizer,
+    step: int,
+    extras: dict[str, Any],
+    memory: dict[str, Tensor],
+    mark: Callable[[], None],
+) -> _State:
+    """Copy what this rank writes into memory that is kept from one time to the next, by name; mark each as progress."""
     state = _State(step, optimizer.num_updates, {}, {}, {}, extras)
     for entry, parts in optimizer.share():
         for kind, part in parts.items() if not entry.is_tied_copy else ():
             name, shape = tensor_name(kind, entry), tuple(entry.parameter.shape)
             values = _kept_copy(part.read(), memory, name)
+            mark()
             if part.stop - part.start == entry.parameter.numel():
                 values = values.view(shape)
             else:
@@ -144,7 +151,7 @@ class Saver:
         Collectives: on the thread, over `mesh.background`: a broadcast, a gather of file records, a broadcast.
         """
         self.wait()
-        state = _copy(self._optimizer, step, extras, self._memory)
+        state = _copy(self._optimizer, step, extras, self._memory, self._mesh.activity.mark)
         self._beside.give(partial(self._write, state))
 
     def check(self) -> list[str]:
