@@ -29,6 +29,7 @@ from distill.results import export_round, run_summary
 from distill.resume import Start, bring_student, find_checkpoint, leave_other_ways, take_over
 from distill.round_checks import check_later_rounds
 from distill.rounds import STUDENT_FOLDER, lineage_of, round_folder, rounds_of, verdict
+from distill.rows import tell_share
 from distill.runfolder import drop_summary, read_summary, write_config
 from distill.running import Running
 from distill.session import Session, open_session
@@ -72,6 +73,8 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
     check_later_rounds(rounds, mesh, after=start.progress.round)
     first_rank_does(mesh, lambda: _take_folder(start, config, rounds))
     session: Session | None = _open(running, models)
+    if mesh.world.is_first:
+        tell_share(session.corpus, running.settings.data)
     with RunLog(config, writes=mesh.world.is_first, done_steps=start.progress.step, health=health) as log:
         stop.call_before_kill(log.save_buffers)
         running.log = log

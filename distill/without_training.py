@@ -14,7 +14,7 @@ from distill.evaluate import num_parameters
 from distill.judging import Judge, load_tasks
 from distill.loading import find_models, load_student, load_teacher
 from distill.rounds import lineage_of, rounds_of
-from distill.rows import load_corpus
+from distill.rows import load_corpus, tell_share
 from distill.session import links_of, shape_student
 from parallel.mesh import Mesh
 
@@ -53,6 +53,8 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
     models = find_models(config, mesh)
     tasks = load_tasks(config, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
+    if mesh.world.is_first:
+        tell_share(corpus, config.data)
     teacher = load_teacher(config, mesh, models)
     students = [] if alone else load_student(config, mesh, models, trainable=False)[0]
     links = links_of(config, mesh, models, students, teacher)
