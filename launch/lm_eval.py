@@ -38,20 +38,30 @@ def judge_folder(
     Raises:
         ConfigError: lm_eval does not know the task, or fails; the model needs code that nobody trusts.
     """
-    # Imported late: it needs torch.
-    from distill.deploy.own_code import has_own_code
-
-    trusts = trust_remote_code or has_own_code(model)
-    if not trusts and any(model.glob("modeling_*.py")):
-        raise ConfigError(
-            f"evaluate.lm_eval: {model} comes with Python code that is not what this version writes, and without it it would be "
-            "another model; teacher.trust_remote_code=true runs it"
-        )
+    trusts = may_run_code(model, trust_remote_code=trust_remote_code)
     found = {}
     for task in tasks:
         print(f"lm_eval judges {model} by {task} ...", flush=True)
         found[task] = _judge(model, task, dtype=dtype, device=device, trusts=trusts)
     return found
+
+
+def may_run_code(model: Path, *, trust_remote_code: bool) -> bool:
+    """Return whether lm_eval may run the code in a model's folder.
+
+    Raises:
+        ConfigError: it may not, and the model needs it.
+    """
+    # Imported late: it needs torch.
+    from distill.deploy.own_code import has_own_code, needs_code
+
+    trusts = trust_remote_code or has_own_code(model)
+    if not trusts and needs_code(model):
+        raise ConfigError(
+            f"evaluate.lm_eval: {model} comes with Python code that is not what this version writes, and without it it would be "
+            "another model; teacher.trust_remote_code=true runs it"
+        )
+    return trusts
 
 
 def with_figures(rows: Sequence[Mapping[str, Any]], judged: int, figures: Figures) -> list[dict[str, Any]]:

@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import ConfigError
+from distill.config import Config, ConfigError, Evaluate
 from distill.prune import modeling_code
+from distill.stop import Stop
+from distill.student_config import Student
+from launch import evaluate
 from launch.lm_eval import judge_folder, with_figures
+from parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[2]
 TASK = ROOT / "tests" / "lm_eval_task"
@@ -56,21 +60,46 @@ def test_how_lm_eval_is_called_and_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert local["env"]["KEPT"] == "yes" and not {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(local["env"])
 
 
+def with_code(folder: Path, model_type: str, module: str, code: str = "import os\n") -> Path:
+    """Make a folder whose config.json names a module of its own."""
+    folder.mkdir()
+    (folder / f"{module}.py").write_text(code)
+    named = {"AutoModelForCausalLM": f"{module}.SomeForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": named}))
+    return folder
+
+
 def test_code_of_a_model_is_run_if_it_is_ours_or_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = stand_in(monkeypatch, results={"t": {"acc,none": 0.4}})
-    for folder, code in (("ours", modeling_code("LlamaForCausalLM")), ("theirs", "import os\n")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "modeling_layerwise.py").write_text(code)
+    layerwise = ("llama", "modeling_layerwise")
+    ours = with_code(tmp_path / "ours", *layerwise, modeling_code("LlamaForCausalLM"))
+    theirs = with_code(tmp_path / "theirs", *layerwise)
+    unknown = with_code(tmp_path / "unknown", "from-the-future", "modeling_future")
+    known = with_code(tmp_path / "known", "phi3", "modeling_phi3")
     judge = partial(judge_folder, tasks=["t"], dtype="float32", device="cpu")
-    judge(tmp_path / "ours")
-    with pytest.raises(
-        ConfigError, match=r"theirs comes with Python code that is not .*trust_remote_code=true"
-    ):
-        judge(tmp_path / "theirs")
-    judge(tmp_path / "theirs", trust_remote_code=True)
-    assert [settings["model_args"]["trust_remote_code"] for _, _, settings in calls] == [True, True]
+    judge(ours)
+    for folder in (theirs, unknown):
+        with pytest.raises(
+            ConfigError, match=rf"{folder.name} comes with Python code that is not .*trust_remote_code=true"
+        ):
+            judge(folder)
+    judge(theirs, trust_remote_code=True)
+    judge(known)
+    trusted = [settings["model_args"].get("trust_remote_code") for _, _, settings in calls]
+    assert trusted == [True, True, None], "transformers has a class of its own for the last"
+
+
+def test_code_that_nobody_trusts_is_told_before_models_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_code(tmp_path / "theirs", "llama", "modeling_reflux_low_rank")
+    monkeypatch.setattr("distill.pretrained.resolve_model", lambda name, **rest: Path(name))
+    monkeypatch.setattr("distill.without_training.judge_models", lambda *given: pytest.fail("judged"))
+    config = Config(student=Student(model=str(folder)), evaluate=Evaluate(lm_eval=("t",)))
+    with pytest.raises(ConfigError, match="theirs comes with Python code"):
+        evaluate.evaluate(config, Mesh.single(), Stop())
 
 
 @pytest.mark.parametrize(("results", "code"), [(None, 0), ({"t": {}}, 1)])
@@ -94,7 +123,6 @@ def test_figures_become_columns_of_the_judged_row() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval_and_our_own_judge_agree(tmp_path: Path) -> None:
-    from launch import evaluate
     from tests.commands.tiny_run import call, make_inputs
 
     torch.manual_seed(0)
