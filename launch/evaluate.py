@@ -36,7 +36,7 @@ def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     if not mesh.world.is_first:
         return
     try:
-        rows = _by_lm_eval(config, mesh, rows)
+        rows = _by_lm_eval(config, mesh, stop, rows)
     finally:
         # What has been found is not lost when lm_eval fails.
         print(judged_table(rows), flush=True)
@@ -52,13 +52,14 @@ def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
             write_whole(Path(config.evaluate.out), text)
 
 
-def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _by_lm_eval(config: Config, mesh: Mesh, stop: Stop, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with lm_eval's figures for the last of them."""
     if not config.evaluate.lm_eval:
         return rows
     found = judge_folder(
         _judged_by_tasks(config),
         config.evaluate.lm_eval,
+        stop,
         dtype=config.train.dtype,
         device=mesh.device.type,
         trust_remote_code=config.teacher.trust_remote_code,

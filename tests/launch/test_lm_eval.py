@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from distill.config import Config, ConfigError, Evaluate
 from distill.prune import modeling_code
 from distill.stop import Stop
 from distill.student_config import Student
-from launch import evaluate
+from launch import evaluate, lm_eval
 from launch.lm_eval import judge_folder, with_figures
 from parallel.mesh import Mesh
 
@@ -30,7 +32,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, results: dict[str, Any] | None,
     """Let lm_eval be one that writes these results; return the calls of it."""
     calls: list[Any] = []
 
-    def run(command: list[str], **options: Any) -> SimpleNamespace:
+    def run(command: list[str], stop: Stop, **options: Any) -> SimpleNamespace:
         settings = json.loads(Path(command[-1]).read_text())
         calls.append((command, options, settings))
         if results is not None:
@@ -38,7 +40,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, results: dict[str, Any] | None,
             out.with_name("results_2026-01-01.json").write_text(json.dumps({"results": results}))
         return SimpleNamespace(returncode=code, stderr="log\nValueError: no such task\n", stdout="")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(lm_eval, "_run", run)
     return calls
 
 
@@ -49,7 +51,7 @@ def test_how_lm_eval_is_called_and_read(tmp_path: Path, monkeypatch: pytest.Monk
     metrics = {"alias": "t", "sample_len": 5, "acc,none": 0.4, "acc_stderr,none": "N/A", "em,strict": 1}
     calls = stand_in(monkeypatch, results={"t": metrics})
     monkeypatch.chdir(tmp_path)
-    found = judge_folder(Path("student"), [str(TASK), "arc_easy"], dtype="float32", device="cpu")
+    found = judge_folder(Path("student"), [str(TASK), "arc_easy"], Stop(), dtype="float32", device="cpu")
     assert list(found) == [str(TASK), "arc_easy"]
     assert found["arc_easy"] == {"lm_eval/t/acc": 0.4, "lm_eval/t/em,strict": 1.0}
     (command, local, settings), (_, hub, named) = calls
@@ -78,7 +80,7 @@ def test_code_of_a_model_is_run_if_it_is_ours_or_trusted(
     theirs = with_code(tmp_path / "theirs", *layerwise)
     unknown = with_code(tmp_path / "unknown", "from-the-future", "modeling_future")
     known = with_code(tmp_path / "known", "phi3", "modeling_phi3")
-    judge = partial(judge_folder, tasks=["t"], dtype="float32", device="cpu")
+    judge = partial(judge_folder, tasks=["t"], stop=Stop(), dtype="float32", device="cpu")
     judge(ours)
     for folder in (theirs, unknown):
         with pytest.raises(
@@ -106,10 +108,36 @@ def test_code_that_nobody_trusts_is_told_before_models_are_judged(
 def test_a_failure_is_one_line(results: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, results=results, code=code)
     with pytest.raises(ConfigError) as caught:
-        judge_folder(Path("student"), ["nonsense"], dtype="float32", device="cpu")
+        judge_folder(Path("student"), ["nonsense"], Stop(), dtype="float32", device="cpu")
     assert str(caught.value).startswith(
         "evaluate.lm_eval=nonsense: lm_eval failed (ValueError: no such task); look"
     )
+
+
+def test_lm_eval_ends_with_the_process_that_has_started_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a request to stop, or by the last calls of a process that leaves at once; with what it has started."""
+    program = ["sh", "-c", "sleep 60; true"]
+    begin_s = time.monotonic()
+    leaving = Stop()
+
+    def leave() -> None:
+        while not leaving._last_calls:
+            time.sleep(0.01)
+        leaving.save_buffers()
+
+    threading.Thread(target=leave).start()
+    done = lm_eval._run(program, leaving)
+    assert done is not None and done.returncode == -signal.SIGKILL
+    asked = Stop()
+    threading.Timer(0.3, asked.request).start()
+    assert lm_eval._run(program, asked) is None
+    assert time.monotonic() - begin_s < 30, "nobody waits for the sleep, which holds the pipe"
+    assert lm_eval._run(["sh", "-c", "echo told >&2; exit 3"], Stop()).returncode == 3  # type: ignore[union-attr]
+    monkeypatch.setattr(lm_eval, "_run", lambda *given, **options: None)
+    assert judge_folder(Path("student"), ["t", "u"], asked, dtype="float32", device="cpu") == {}
+    assert capsys.readouterr().out.endswith("judged by t; the same command judges by it again\n")
 
 
 def test_figures_become_columns_of_the_judged_row() -> None:
@@ -146,4 +174,4 @@ def test_lm_eval_and_our_own_judge_agree(tmp_path: Path) -> None:
     assert student["lm_eval/animals/acc_bytes"] == student["choices/animals/accuracy_norm"]
     assert student["lm_eval/animals/acc_stderr"] == pytest.approx(student["choices/animals/accuracy_stderr"])
     with pytest.raises(ConfigError, match="evaluate.lm_eval=no_such_task: lm_eval failed"):
-        judge_folder(inputs.tied, ["no_such_task"], dtype="float32", device="cpu")
+        judge_folder(inputs.tied, ["no_such_task"], Stop(), dtype="float32", device="cpu")
