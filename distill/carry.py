@@ -25,27 +25,27 @@ def carry_state(
     files: CheckpointFiles,
     optimizer: StageOptimizer,
     *,
-    updates: int | None,
+    with_moments: bool,
     teacher_shapes: Mapping[str, tuple[int, ...]],
     sizes: Sizes,
     old: Kept,
     new: Kept,
 ) -> None:
-    """Fill this rank's state, and its mask if it has one, from the checkpoint of a student that was cut differently.
+    """Fill this rank's mask if it has one, and its state, from the checkpoint of a student that was cut differently.
+
+    What that one does not have stays.
 
     Args:
         files: tensors of the checkpoint.
-        optimizer: of the new student.
-        updates: that the checkpoint's state has seen; None leaves the state as at the start, and brings the mask alone.
+        optimizer: of the new student; its state has been reset.
+        with_moments: whether the state comes too.
         teacher_shapes: shape of each parameter of the teacher, by name.
         sizes: the teacher's.
         old, new: units of the teacher that the checkpoint's student and the new one keep.
     Raises:
         CheckpointError: a tensor is missing, or has another shape than `old` says.
-    Collectives: those of `StageOptimizer.reset_moments` and `set_updates`.
     """
-    optimizer.reset_moments()
-    wanted = {"mask"} if updates is None else {"mask", *optimizer.kinds}
+    wanted = {"mask", *optimizer.kinds} if with_moments else {"mask"}
     for entry, parts in optimizer.state():
         name = teacher_name(entry.name, new)
         before = student_name(name, old) if name in teacher_shapes else None
@@ -65,8 +65,6 @@ def carry_state(
             if entry.shard is not None:
                 whole = whole.narrow(entry.shard.dim, entry.shard.start, entry.shard.stop - entry.shard.start)
             part.write(whole.flatten()[part.start : part.stop])
-    if updates is not None:
-        optimizer.set_updates(updates)
 
 
 def _is_factored(files: CheckpointFiles, name: str) -> bool:

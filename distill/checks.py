@@ -294,11 +294,6 @@ def _check_paths(config: Config, needs: Iterable[str]) -> None:
     paths = flat["data.path"]
     named = {("data.path", path) for path in ([paths] if isinstance(paths, str) else paths or [])}
     named |= {(key, flat[key]) for key in ("teacher.model", "student.model") if flat[key] is not None}
-    resume = flat["checkpoint.resume"]
-    if resume not in ("auto", "none") and not Path(resume).is_dir():
-        raise ConfigError(
-            f"checkpoint.resume={resume} is no folder; use auto, none or a folder of checkpoints/"
-        )
     for key, name in sorted(named):
         if _is_local(name) and not Path(name).expanduser().exists():
             raise ConfigError(f"{key}={name} does not exist; use {advice[key]}")

@@ -18,7 +18,8 @@ from distill.config import Config
 from distill.convert import config_from_dict, config_to_dict
 from distill.prune import KEPT_FOLDER, companion_paths
 from distill.student import SCORES_FILE
-from parallel.checkpoint_manifest import CheckpointError
+from parallel.checkpoint_manifest import CheckpointError, reaching
+from parallel.hashed_files import size_of
 
 STUDENT = "student"
 CONFIG_FILE = "config.json"
@@ -51,11 +52,16 @@ def read_settings(folder: Path) -> Config:
 
     Raises:
         CheckpointError: they are not there, or are none.
+        CheckpointOutOfReach: they may be there and cannot be read.
     """
     file = folder / SETTINGS_FILE
+    with reaching(file):
+        content = None if size_of(file) is None else file.read_bytes()
+    if content is None:
+        raise CheckpointError(f"{file} cannot be read: it is not there")
     try:
-        return config_from_dict(json.loads(file.read_text(encoding="utf-8"), object_hook=_with_whole_names))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return config_from_dict(json.loads(content.decode(), object_hook=_with_whole_names))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 

@@ -88,10 +88,11 @@ class Health:
     def verdict(self) -> tuple[bool, str]:
         """Return whether the run is healthy, and a sentence that says why."""
         since_s, what = self._sign
-        since_s = max(since_s, self._worked_s())
-        age_s = self._clock() - since_s
+        worked_s, now_s = self._worked_s(), self._clock()
+        age_s = now_s - max(since_s, worked_s)
         if age_s < self._limit_s:
-            return True, f"ok: {what}, {age_s:.0f} s ago"
+            later = f", and at work {age_s:.0f} s ago" if worked_s - since_s >= 1 else ""
+            return True, f"ok: {what}, {now_s - since_s:.0f} s ago{later}"
         return False, (
             f"no progress for {age_s:.0f} s, log.health_limit_s={self._limit_s:g}; the last sign was: {what}"
         )

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from distill.balance import Split, split_models
 from distill.config import Config, ConfigError
+from distill.failures import RunFailed
 from distill.hidden_map import check_widths, shared_with, was_cut
 from distill.model_checks import check_models
 from distill.planned_student import checked_student, without_padding
@@ -33,20 +34,20 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 
 def first_rank_does(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its picklable result on every rank; its ConfigError is raised on every rank.
+    """Run `work` on rank 0 and return its picklable result on every rank; its ConfigError or RunFailed is raised on all.
 
     Collectives: one broadcast over the world.
     """
-    outcome: tuple[bool, T | str] | None = None
+    value, failure = None, None
     if mesh.world.is_first:
         try:
             with mesh.activity.doing("what the first rank does for all", computes=True):
-                outcome = (True, work())
-        except ConfigError as error:
-            outcome = (False, str(error))
-    ok, value = broadcast_object(outcome, mesh.world)
-    if not ok:
-        raise ConfigError(value)
+                value = work()
+        except (ConfigError, RunFailed) as error:
+            failure = error
+    value, failure = broadcast_object((value, failure), mesh.world)
+    if failure is not None:
+        raise failure
     return value
 
 

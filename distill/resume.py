@@ -8,8 +8,9 @@ begin anew there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distill.atomic import remove_whole
@@ -22,76 +23,121 @@ from distill.failures import RunFailed
 from distill.hidden_map import PROJECTION
 from distill.loading import first_rank_does, is_there
 from distill.prune import load_kept
-from distill.rounds import Lineage, Progress, lineage_of
-from distill.runfolder import read_resume
+from distill.rounds import Lineage, Progress, lineage_of, may_repeat
+from distill.runfolder import CHECKPOINTS, is_foreign, read_resume
 from distill.session import Session
 from distill.structure import Sizes
 from distill.student_config import Student
 from parallel import checkpoint
+from parallel.checkpoint_files import CheckpointFiles
 from parallel.checkpoint_folders import DAMAGED, PassedOver, Sound, drop_after, newest_sound, verify
-from parallel.checkpoint_manifest import (
-    MANIFEST,
-    CheckpointError,
-    CheckpointOutOfReach,
-    read_manifest,
-)
+from parallel.checkpoint_manifest import MANIFEST, CheckpointError, CheckpointOutOfReach
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
 
 
-def find_checkpoint(config: Config, mesh: Mesh) -> tuple[Path | None, Progress]:
-    """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is.
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
 
-    It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such;
-    what is passed over is told in a line, and set aside. One that is named begins a way of its own, which the same command
-    goes on with: later checkpoints of the way before are dropped. The settings in the folder tell whether it has begun, so they
-    are written after this.
+    found: Path | None = None
+    """The checkpoint; None where it begins anew."""
+    progress: Progress = field(default_factory=Progress)
+    passed: tuple[PassedOver, ...] = ()
+    """The run's own newer ones, which cannot be used."""
+
+
+def find_checkpoint(config: Config, mesh: Mesh) -> Start:
+    """Return the checkpoint that `checkpoint.resume` names, if there is one, and how far it is; changes nothing.
+
+    It is sound: each of its files has been read and has the content that was written. With `auto` it is the newest such.
+    With one that is named a run only begins: the same command goes on from its own once it has some, as the settings in the
+    folder tell, also when that one has gone.
 
     Raises:
         ConfigError: the one named is not sound, or of the run's own none is; or this run cannot go on from it.
         RunFailed: one cannot be read by some rank, which may pass.
-    Collectives: those of `newest_sound` and `verify`, a broadcast and a barrier over the world.
+    Collectives: those of `newest_sound` and `verify`, and a broadcast over the world.
     """
-    choice, root = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
+    choice, folder = config.checkpoint.resume, Path(config.run.dir)
     if choice == "none":
-        return None, Progress()
-    foreign = choice != "auto" and Path(choice).resolve().parent != root.resolve()
+        return Start()
+    foreign = is_foreign(choice, folder)
     sound: Sound | None = None
     passed: list[PassedOver] = []
-    try:
-        # With the checkpoint that is named a run only begins: the same command goes on from its own, once it has one.
+    with _telling(choice):
         if choice == "auto" or foreign or _has_begun_with(choice, config, mesh):
-            sound, passed = _newest_own(root, mesh)
+            sound, passed = _newest_own(folder / CHECKPOINTS, mesh, choice)
             foreign = foreign and sound is None
         if sound is None and choice != "auto":
             sound = Sound(Path(choice), verify(Path(choice), mesh))
         if sound is None:
-            return None, Progress()
+            return Start(passed=tuple(passed))
         progress = _progress(sound)
-    except CheckpointOutOfReach as error:
-        raise RunFailed(
-            f"{error}; nothing has been changed, and the same command tries again; a checkpoint that stays out of reach may be "
-            "moved away"
-        ) from error
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
     if progress.round >= len(config.rounds) or (foreign and progress.round):
         raise ConfigError(
             f"checkpoint.resume={choice} is of round {progress.round}, which this run cannot begin with; give that round's "
             "student as student.model"
         )
-    for folder in drop_after(root, progress.step, mesh, damaged=passed):
-        print(f"dropped {folder.name}: the run goes on from {sound.folder.name} on another way", flush=True)
-    return sound.folder, progress
+    return Start(sound.folder, progress, tuple(passed))
+
+
+def leave_other_ways(start: Start, rounds: Sequence[Config]) -> None:
+    """Remove what a run has made on another way than the one that goes on from its checkpoint, and say so; on one rank.
+
+    Checkpoints that cannot be used are set aside, those after it and the cuts of later rounds go. The settings are to be
+    written after this: by them the same command goes on with this way, from the newest that is left.
+
+    Raises:
+        RunFailed: something cannot be moved or removed.
+    """
+    folder = Path(rounds[0].run.dir)
+    try:
+        for each in start.passed:
+            aside = f", set aside as {each.folder.name}{DAMAGED}" if each.was_complete else ""
+            print(f"passed over {each.folder.name}: {each.reason}{aside}", flush=True)
+        if start.found is not None:
+            for gone in drop_after(folder / CHECKPOINTS, start.progress.step, damaged=start.passed):
+                print(
+                    f"dropped {gone.name}: the run goes on from {start.found.name} on another way", flush=True
+                )
+        _drop_cuts(start.progress, rounds)
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or folder} cannot be moved or removed ({error.strerror or error}), as it must be before the run "
+            "goes on; the same command tries again"
+        ) from error
+
+
+@contextmanager
+def _telling(choice: str) -> Iterator[None]:
+    """Give a block that reads checkpoints; of what is wrong with them, a rank's disk is no mistake.
+
+    Args:
+        choice: the value of `checkpoint.resume`.
+    Raises:
+        ConfigError: a checkpoint cannot be used.
+        RunFailed: it cannot be read here and now, which may pass.
+    """
+    try:
+        yield
+    except CheckpointOutOfReach as error:
+        raise RunFailed(
+            f"{error}; the same command tries again; a checkpoint that stays out of reach may be moved away"
+        ) from error
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.resume={choice}: {error}") from error
 
 
 def _has_begun_with(choice: str, config: Config, mesh: Mesh) -> bool:
     return choice == first_rank_does(mesh, lambda: read_resume(Path(config.run.dir)))
 
 
-def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]:
-    """Return the run's newest sound checkpoint and what was passed over, and say so.
+def _newest_own(root: Path, mesh: Mesh, choice: str) -> tuple[Sound | None, list[PassedOver]]:
+    """Return the run's newest sound checkpoint and what was passed over.
 
+    Args:
+        choice: the value of `checkpoint.resume`.
     Raises:
         ConfigError: there are checkpoints, and none is sound.
     """
@@ -99,13 +145,9 @@ def _newest_own(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]]
     damaged = [each for each in passed if each.was_complete]
     if sound is None and damaged:
         raise ConfigError(
-            f"checkpoint.resume=auto: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
+            f"checkpoint.resume={choice}: no checkpoint in {root} is sound ({damaged[0].reason}); move that folder away to "
             "begin anew"
         )
-    if mesh.world.is_first:
-        for each in passed:
-            aside = f", set aside as {each.folder.name}{DAMAGED}" if each.was_complete else ""
-            print(f"passed over {each.folder.name}: {each.reason}{aside}", flush=True)
     return sound, passed
 
 
@@ -122,11 +164,15 @@ def _progress(sound: Sound) -> Progress:
     return progress
 
 
-def drop_cuts_after(progress: Progress, rounds: Sequence[Config]) -> None:
-    """Remove what later rounds were cut from the round under way, if it has steps to take before they begin; on one rank."""
-    if progress.round_step == rounds[progress.round].train.steps:
-        return
-    for index in range(progress.round + 1, len(rounds)):
+def _drop_cuts(progress: Progress, rounds: Sequence[Config]) -> None:
+    """Remove what later rounds were cut from other students than those that this way comes to.
+
+    Where a round ends, the next one's cut stays: it was made there, of the same student. Where the round may be trained again
+    it goes, for it may be of a later training; made anew of the same student, it is the same.
+    """
+    settings = rounds[progress.round]
+    ends = progress.round_step == settings.train.steps and not may_repeat(settings.gate, progress.attempt)
+    for index in range(progress.round + (2 if ends else 1), len(rounds)):
         lineage = lineage_of(rounds, index)
         for folder in (lineage.begins, lineage.factored) if lineage.made_in == index else ():
             if folder is not None and folder.exists():
@@ -141,6 +187,7 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
 
     Raises:
         ConfigError: the checkpoint holds no student, or another one than is asked for.
+        RunFailed: it cannot be read here and now.
     Collectives: two broadcasts over the world.
     """
     target = lineage.factored if settings.student.low_rank.is_asked else lineage.begins
@@ -148,10 +195,8 @@ def bring_student(found: Path, settings: Config, lineage: Lineage, mesh: Mesh) -
         return
 
     def bring() -> None:
-        try:
+        with _telling(settings.checkpoint.resume):
             theirs = read_settings(found)
-        except CheckpointError as error:
-            raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
         _check_student(found, theirs.student, settings.student)
         if theirs.teacher.model == settings.teacher.model:
             export_checkpoint(found, target, low_rank="factored", for_training=True)
@@ -178,11 +223,12 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
         begins: whether the checkpoint is that of an earlier training, at whose end this one begins.
         recut: whether the session's student was cut anew since.
     Raises:
-        ConfigError: the checkpoint does not fit.
-    Collectives: those of `checkpoint.restore` or `carry_state`.
+        ConfigError: the checkpoint does not fit; the same on every rank.
+        RunFailed: a rank cannot read it here and now; the same on every rank.
+    Collectives: those of `checkpoint.restore`, or of `checkpoint.read_together` and two `StageOptimizer.gather`.
     """
     optimizer, moments = session.step.optimizer, settings.optimizer.moments
-    try:
+    with _telling(settings.checkpoint.resume):
         if not begins or not recut:
             checkpoint.restore(
                 found,
@@ -194,8 +240,6 @@ def take_over(found: Path, settings: Config, session: Session, *, begins: bool, 
                 optimizer.reset_moments()
         elif moments == "keep" or session.sparsifier is not None:
             _carry(found, session, with_moments=moments == "keep")
-    except CheckpointError as error:
-        raise ConfigError(f"checkpoint.resume={settings.checkpoint.resume}: {error}") from error
 
 
 def _of_a_round(name: str) -> bool:
@@ -205,18 +249,23 @@ def _of_a_round(name: str) -> bool:
 
 
 def _carry(found: Path, session: Session, *, with_moments: bool) -> None:
-    models = session.models
-    manifest = read_manifest(found)
+    models, optimizer = session.models, session.step.optimizer
     shapes = {
         name: tuple(each.shape) for name, each in build_meta_model(models.origin_config).named_parameters()
     }
-    with checkpoint.open_files(found, manifest) as files:
+    optimizer.reset_moments()
+
+    def carry(files: CheckpointFiles) -> None:
         carry_state(
             files,
-            session.step.optimizer,
-            updates=manifest.updates if with_moments else None,
+            optimizer,
+            with_moments=with_moments,
             teacher_shapes=shapes,
             sizes=Sizes.of(models.origin_config),
             old=load_kept(models.previous_folder)[0],
             new=load_kept(models.student_folder)[0],
         )
+
+    manifest, _ = checkpoint.read_together(found, session.step.mesh, carry)
+    if with_moments:
+        optimizer.set_updates(manifest.updates)

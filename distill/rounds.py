@@ -163,15 +163,23 @@ class Progress:
         return replace(self, attempt=self.attempt + 1, round_step=0)
 
 
-def verdict(gate: Gate, *, gap: float, attempt: int) -> str:
-    """Return what follows a round: `next`, `again` or `stop`.
+def may_repeat(gate: Gate, attempt: int) -> bool:
+    """Whether a round may be trained once more after one that had been trained `attempt` times before."""
+    return gate.repeat_until is not None and attempt + 1 < gate.repeats
+
+
+def verdict(gate: Gate, *, gap: float, attempt: int) -> tuple[str, str]:
+    """Return what follows a round, `next`, `again` or `stop`, and why, empty for `next`.
 
     Args:
         gap: the student's held-out loss less the teacher's, nats per token.
         attempt: times the round had been trained before.
     """
-    if gate.repeat_until is not None and gap > gate.repeat_until and attempt + 1 < gate.repeats:
-        return "again"
+    if not math.isfinite(gap):
+        # It is above no limit, and the student is of no use to another round.
+        return "stop", f"gap {gap} is not finite: the run ends here"
+    if may_repeat(gate, attempt) and gap > gate.repeat_until:
+        return "again", f"gap {gap:.4f} is above gate.repeat_until={gate.repeat_until}: once more"
     if gate.stop_if is not None and gap > gate.stop_if:
-        return "stop"
-    return "next"
+        return "stop", f"gap {gap:.4f} is above gate.stop_if={gate.stop_if}: the run ends here"
+    return "next", ""

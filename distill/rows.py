@@ -1,16 +1,19 @@
 """The rows of a run: to train on, to calibrate with, and to judge by.
 
-Decides that rank 0 reads and tokenises while the others wait, who then open its rows, and that all sources of a mixture share
-what is held out.
+Decides that rank 0 reads and tokenises while the others wait, who then open its rows; on a machine with a cache of its own they
+are checked, or made, there. All sources of a mixture share what is held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from distill.config import Config
+from distill.checksums import drop_if_damaged
+from distill.config import Config, Data
 from distill.corpus import skipped_line
 from distill.data import MicroBatch, Rows, load_rows, spread_microbatches
 from distill.loading import first_rank_does
@@ -75,33 +78,60 @@ def load_corpus(config: Config, mesh: Mesh, tokenizer_folder: Path) -> Corpus:
     else:
         wanted += [("train", source) for source, weight in enumerate(data.weights) if weight]
     made = first_rank_does(mesh, lambda: [_place(rows(*each, show_progress=True)) for each in wanted])
-    # Opened where they are; a machine with a cache of its own makes its own.
     held_out, *sources = (
-        Rows(folder, pad_token_id=pad) if folder.is_dir() else rows(*each, show_progress=False)
-        for each, (folder, pad) in zip(wanted, made, strict=True)
+        _opened(place, partial(rows, *each, show_progress=False))
+        for each, place in zip(wanted, made, strict=True)
     )
-    if mesh.world.is_first:
-        if line := skipped_line(data):
-            print(line, flush=True)
-        _tell_share(held_out, sources, data.held_out_fraction)
     if data.weights is None:
         return Corpus(Stream(sources, None, seed=config.train.seed), held_out, sources[0])
     stream = Stream(sources, [weight for weight in data.weights if weight], seed=config.train.seed)
     return Corpus(stream, held_out, Beginning(stream, stream.num_rows))
 
 
-def _place(rows: Rows) -> tuple[Path, int]:
-    """Return what another rank opens rows by."""
-    return rows.folder, rows.pad_token_id
+class _Place(NamedTuple):
+    """What another rank opens rows by."""
+
+    folder: Path
+    stamp: tuple[int, int] | None
+    pad_token_id: int
 
 
-def _tell_share(held_out: Rows, sources: Sequence[Rows], fraction: float) -> None:
-    """Say so if what is held out is far from the share asked for, as with few documents of very different lengths."""
-    whole = held_out.num_tokens + sum(rows.num_tokens for rows in sources)
-    share = held_out.num_tokens / whole
+def _place(rows: Rows) -> _Place:
+    return _Place(rows.folder, _stamp(rows.folder), rows.pad_token_id)
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from one at the same place on another machine's disk; None where there is none."""
+    if not folder.is_dir():
+        return None
+    found = folder.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _opened(place: _Place, make: Callable[[], Rows]) -> Rows:
+    """Return the rows that the first rank has checked; of a cache of this machine's own, those that are sound there."""
+    if _stamp(place.folder) != place.stamp:
+        drop_if_damaged(place.folder, "the text is tokenised again")
+        if not place.folder.is_dir():
+            return make()
+    return Rows(place.folder, pad_token_id=place.pad_token_id)
+
+
+def tell_text(corpus: Corpus, data: Data) -> None:
+    """Say which files are left out, and if what is held out is far from the share asked for.
+
+    So it is with few documents of very different lengths. Of a mixture's share nothing is said: what is held out is of all its
+    sources, and those without a weight are not counted.
+    """
+    if line := skipped_line(data):
+        print(line, flush=True)
+    if data.weights is not None:
+        return
+    held_out, whole = corpus.held_out.num_tokens, corpus.held_out.num_tokens + corpus.calibrating.num_tokens
+    share, fraction = held_out / whole, data.held_out_fraction
     if not fraction / 2 <= share <= fraction * 2:
         print(
-            f"warning: {held_out.num_tokens:,} of {whole:,} tokens are held out ({share:.2%}), data.held_out_fraction="
-            f"{fraction:g}: documents are held out whole; cut long ones into several",
+            f"warning: {held_out:,} of {whole:,} tokens are held out ({share:.2%}), data.held_out_fraction={fraction:g}: "
+            "documents are held out whole; cut long ones into several",
             flush=True,
         )

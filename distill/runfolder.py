@@ -2,7 +2,8 @@
 
 Decides: a folder belongs to the settings in its `config.yaml` from the first thing on that a run has made in it; another
 run may continue there only if everything that shapes the result is the same. `MAY_CHANGE` lists what does not: how long,
-how watched, and how executed. The settings are written before anything is made, so a killed run leaves nothing of unknown
+how watched, and how executed. The checkpoint that a run begins with shapes it too: another one needs another folder; once the
+run has checkpoints of its own it goes on from those, also when the one that is named has gone. The settings are written before anything is made, so a killed run leaves nothing of unknown
 settings, and a run that is refused leaves nothing that binds the next. When a run goes on from step N, lines after N are dropped, so that there is one line a step. Assumes that one rank writes.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import yaml
 
 from distill.config import Config, ConfigError
-from distill.convert import config_to_dict, flatten, show
+from distill.convert import config_to_dict, either, flatten, show
 from distill.places import check_writable
 
 CONFIG_FILE = "config.yaml"
@@ -51,7 +53,9 @@ MAY_CHANGE = (
 _ROUND_STAYS = ("train.steps",)
 """Of them, what may not differ in an entry of `rounds`, nor at all where there are several: how long a round was has shaped
 what came after it."""
-_CHECKPOINTS = "checkpoints/step-*/manifest.json"
+CHECKPOINTS = "checkpoints"
+_COMPLETE = re.compile(r"step-\d+")
+"""Name of a checkpoint that is not being written, nor set aside."""
 
 
 def check_run_folder(config: Config) -> None:
@@ -61,12 +65,14 @@ def check_run_folder(config: Config) -> None:
 
     Raises:
         ConfigError: `run.dir` is a file, holds a run with other settings or one that is not to be continued, or models
-            or numbers that no run of this command made.
+            or numbers that no run of this command made; `checkpoint.resume` names nothing, or another run's checkpoint
+            for a run that has begun otherwise.
     """
     folder = Path(config.run.dir or ".")
     check_writable("run.dir", folder)
     made = [name for name in _MADE if (folder / name).is_dir() or _has_content(folder / name)]
     if not made:
+        _check_named(config.checkpoint.resume)
         return
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -81,11 +87,58 @@ def check_run_folder(config: Config) -> None:
             f"run.dir={folder} holds a run with {key}={theirs}, this one has {key}={ours}{others}; use another run.dir "
             f"or {key}={theirs}"
         )
+    _check_beginning(folder, config.checkpoint.resume)
     if config.checkpoint.resume == "none" and (folder / METRICS_FILE).is_file():
         raise ConfigError(
             f"checkpoint.resume=none starts anew, but run.dir={folder} already holds this run; use another run.dir or "
             "checkpoint.resume=auto"
         )
+
+
+def _check_beginning(folder: Path, ours: str) -> None:
+    """Refuse a run that would begin otherwise than the one in the folder, which has made its work out of its beginning.
+
+    Args:
+        ours: the value of `checkpoint.resume`.
+    """
+    theirs, owns = read_resume(folder) or "auto", _has_checkpoints(folder)
+    if ours != theirs or not owns:
+        # Otherwise it goes on from its own, whatever has become of this one.
+        _check_named(ours)
+    foreign = [each for each in (theirs, ours) if is_foreign(each, folder)]
+    if ours == theirs or not foreign or (owns and ours not in foreign):
+        return
+    stands = "checkpoints of its own" if owns else "no checkpoint of its own yet"
+    right = [theirs] if theirs in foreign else []
+    right += ["auto"] if owns or not right else []
+    raise ConfigError(
+        f"run.dir={folder} holds a run that was started with checkpoint.resume={theirs} and has {stands}, this one has "
+        f"checkpoint.resume={ours}; use another run.dir or checkpoint.resume={either(right)}"
+    )
+
+
+def _check_named(resume: str) -> None:
+    if resume not in ("auto", "none") and not os.path.isdir(resume):
+        raise ConfigError(
+            f"checkpoint.resume={resume} is no folder; use auto, none or a folder of {CHECKPOINTS}/"
+        )
+
+
+def is_foreign(resume: str, folder: Path) -> bool:
+    """Whether a value of `checkpoint.resume` names a checkpoint outside a run's folder."""
+    own = (folder / CHECKPOINTS).resolve()
+    return resume not in ("auto", "none") and Path(resume).resolve().parent != own
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether a run has a complete checkpoint; one that cannot be looked at counts, and is told when it is looked for."""
+    try:
+        found = [each for each in (folder / CHECKPOINTS).iterdir() if _COMPLETE.fullmatch(each.name)]
+        return any((each / "manifest.json").is_file() for each in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def _has_content(file: Path) -> bool:
@@ -184,10 +237,8 @@ def write_whole(file: Path, text: str) -> None:
 
 def _differing_keys(folder: Path, config: Config) -> list[tuple[str, str, str]]:
     """Return key, the folder's value and ours, for each setting that differs and may not."""
-    # As long as it has no checkpoint of its own, a run is made of the weights that it was told to begin with.
-    begins = not any(folder.glob(_CHECKPOINTS))
-    theirs = _comparable(_read_config(folder / CONFIG_FILE), begins=begins)
-    ours = _comparable(config_to_dict(config), begins=begins)
+    theirs = _comparable(_read_config(folder / CONFIG_FILE))
+    ours = _comparable(config_to_dict(config))
     return [
         (key, show(theirs.get(key)), show(ours.get(key)))
         for key in sorted(theirs.keys() | ours.keys())
@@ -205,20 +256,13 @@ def _read_config(file: Path) -> dict[str, Any]:
     return values
 
 
-def _comparable(values: Mapping[str, Any], *, begins: bool) -> dict[str, Any]:
-    """Return the settings that may not differ, also those inside the entries of `rounds`.
-
-    Args:
-        begins: whether the checkpoint that is named is one of them.
-    """
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that may not differ, also those inside the entries of `rounds`."""
     rounds = values.get("rounds")
     stays = _ROUND_STAYS if isinstance(rounds, list) and len(rounds) > 1 else ()
     flat = _without_what_may_change(values, stays)
     if isinstance(rounds, list):
         flat["rounds"] = [_without_what_may_change(entry, _ROUND_STAYS) for entry in rounds]
-    resume = flatten(values).get("checkpoint.resume")
-    if begins and resume not in ("auto", "none"):
-        flat["checkpoint.resume"] = resume
     return flat
 
 

@@ -21,7 +21,6 @@ from distill.hidden_loss import open_hidden
 from distill.judging import Judge, load_tasks
 from distill.loading import (
     Models,
-    find_models,
     is_there,
     load_origin,
     load_student,
@@ -73,6 +72,7 @@ class Session:
 def open_session(
     config: Config,
     mesh: Mesh,
+    models: Models,
     lineage: Lineage,
     *,
     judging: Config,
@@ -83,16 +83,15 @@ def open_session(
 
     Args:
         config: settings of the round.
+        models: what `find_models` has found for it.
         lineage: where its student comes from.
         judging: settings of the run, whose held-out text all rounds are judged by.
         first_row: place in the stream of rows where the round begins.
         begins: told of each phase as it begins.
     Raises:
-        ConfigError: a mistake in the settings, the models or the corpus.
+        ConfigError: a mistake that the corpus or the weights show.
     Collectives: many, over all axes.
     """
-    begins("finding the models")
-    models = find_models(config, mesh, lineage)
     begins("reading the text")
     tasks = load_tasks(judging, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)

@@ -56,9 +56,13 @@ def refuse_not_finite(optimizer: StageOptimizer, mesh: Mesh, progress: Progress)
     Collectives: an all-reduce over the world.
     """
     parts = [part for _, its in optimizer.state() for part in its.values()]
-    # A sum reads all values once and fast; what is finite may still add up to what is not.
-    sums = torch.stack([part.read().sum().float().to(mesh.device) for part in parts])
-    is_sound = bool(sums.isfinite().all()) or all(bool(part.read().isfinite().all()) for part in parts)
+    sums = []
+    for part in parts:
+        # A sum reads all values once and fast; what is finite may still add up to what is not.
+        sums.append(part.read().sum().float().to(mesh.device))
+        mesh.activity.mark()
+    is_sound = bool(torch.stack(sums).isfinite().all())
+    is_sound = is_sound or all(bool(part.read().isfinite().all()) for part in parts)
     bad = torch.tensor(not is_sound, dtype=torch.int32, device=mesh.device)
     all_reduce_(bad, mesh.world, op="max")
     if bad:
@@ -69,7 +73,10 @@ def refuse_not_finite(optimizer: StageOptimizer, mesh: Mesh, progress: Progress)
 
 
 def _kept(checkpoints: Path) -> str:
-    found = complete_checkpoints(checkpoints)
+    try:
+        found = complete_checkpoints(checkpoints)
+    except OSError as error:
+        return f"{checkpoints} cannot be read ({error.strerror})"
     return (
         f"the checkpoint of step {int(found[-1].name[5:])} is kept" if found else "there is no checkpoint yet"
     )

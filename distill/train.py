@@ -10,7 +10,7 @@ everything a user sees.
 from __future__ import annotations
 
 import gc
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,15 @@ import torch
 
 from distill.companions import companions
 from distill.config import Config
-from distill.evaluate import num_parameters
 from distill.health import Health, watched
-from distill.judging import gap_closed
-from distill.levels import Figures
+from distill.loading import Models, find_models, first_rank_does
 from distill.metrics import RunLog
-from distill.model_checks import not_finite
 from distill.results import export_round, run_summary
-from distill.resume import bring_student, drop_cuts_after, find_checkpoint, take_over
+from distill.resume import Start, bring_student, find_checkpoint, leave_other_ways, take_over
 from distill.round_checks import check_later_rounds
+from distill.round_judging import judge_start, judge_student
 from distill.rounds import STUDENT_FOLDER, lineage_of, round_folder, rounds_of, verdict
+from distill.rows import tell_text
 from distill.runfolder import drop_summary, read_summary, write_config
 from distill.running import Running
 from distill.session import Session, open_session
@@ -66,16 +65,16 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
     ended = broadcast_object(read_summary(Path(config.run.dir)), mesh.world)
     if ended and ended.get("finished") and ended.get("round_steps") == [each.train.steps for each in rounds]:
         return ended
-    resumed, progress = find_checkpoint(config, mesh)
-    check_later_rounds(rounds, mesh, after=progress.round)
+    start = find_checkpoint(config, mesh)
+    running = Running(config, rounds, mesh, stop, start.progress, health, newest=start.found)
+    # Whatever the settings and the models' configs show is refused before anything is changed.
+    models = _find_models(running)
+    check_later_rounds(rounds, mesh, after=start.progress.round)
+    first_rank_does(mesh, lambda: _take_folder(start, config, rounds))
+    session: Session | None = _open(running, models)
     if mesh.world.is_first:
-        # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
-        write_config(config)
-        drop_summary(Path(config.run.dir))
-        drop_cuts_after(progress, rounds)
-    running = Running(config, rounds, mesh, stop, progress, health, newest=resumed)
-    session: Session | None = _open(running)
-    with RunLog(config, writes=mesh.world.is_first, done_steps=progress.step, health=health) as log:
+        tell_text(session.corpus, running.settings.data)
+    with RunLog(config, writes=mesh.world.is_first, done_steps=start.progress.step, health=health) as log:
         stop.call_before_kill(log.save_buffers)
         running.log = log
         while (what := _round(running, session)) == "next":
@@ -85,7 +84,7 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
             if agree(mesh, stop)[0]:
                 what = "stopped"
                 break
-            session = _open(running)
+            session = _open(running, _find_models(running))
         if what == "stopped":
             step = running.progress.step
             log.say(
@@ -103,7 +102,23 @@ def _run(config: Config, mesh: Mesh, stop: Stop, health: Health) -> dict[str, An
         return broadcast_object(log.finish(summary), mesh.world)
 
 
-def _open(running: Running) -> Session:
+def _take_folder(start: Start, config: Config, rounds: Sequence[Config]) -> None:
+    """Make the run's folder that of this run; on one rank."""
+    leave_other_ways(start, rounds)
+    # Before anything is made: a student pruned by a run that is then killed belongs to these settings.
+    write_config(config)
+    drop_summary(Path(config.run.dir))
+
+
+def _find_models(running: Running) -> Models:
+    """Find the round's models. Collectives: those of `find_models`."""
+    running.health.begin("finding the models")
+    with running.mesh.activity.doing(f"{running.words}finding the models", computes=True):
+        lineage = lineage_of(running.rounds, running.progress.round)
+        return find_models(running.settings, running.mesh, lineage)
+
+
+def _open(running: Running, models: Models) -> Session:
     """Return the round's session, with what it takes over from the checkpoint that it goes on from."""
     settings, mesh, progress = running.settings, running.mesh, running.progress
     lineage = lineage_of(running.rounds, progress.round)
@@ -115,6 +130,7 @@ def _open(running: Running) -> Session:
         session = open_session(
             settings,
             mesh,
+            models,
             lineage,
             judging=running.config,
             first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
@@ -140,9 +156,9 @@ def _round(running: Running, session: Session) -> str:
         keep=config.checkpoint.keep,
         companions=companions(settings, session.models.student_folder) if mesh.world.is_first else None,
     ) as saver:
-        _judge_start(running, session)
+        judge_start(running, session)
         finished = _train(running, session, saver)
-        figures = _judge_student(running, session, with_choices=True) if finished else {}
+        figures = judge_student(running, session, with_choices=True) if finished else {}
         _settle(mesh, saver)
     running.tell(saver)
     if not finished:
@@ -173,21 +189,14 @@ def _round(running: Running, session: Session) -> str:
 
 def _follows(running: Running, loss: float) -> str:
     """Return what follows the round: `again`, `next` or `end`; say why where it is not plain. Equal on every rank."""
-    progress, gate = running.progress, running.settings.gate
+    progress = running.progress
     teacher = broadcast_object(running.log.level("teacher"), running.mesh.world)
-    gap = loss - teacher
-    what = verdict(gate, gap=gap, attempt=progress.attempt)
+    what, why = verdict(running.settings.gate, gap=loss - teacher, attempt=progress.attempt)
+    if why:
+        running.log.say(f"{running.words}{why}")
     if what == "again":
-        running.log.say(
-            f"{running.words}gap {gap:.4f} is above gate.repeat_until={gate.repeat_until}: once more"
-        )
         return "again"
-    is_last = progress.round + 1 == len(running.rounds)
-    if what == "stop" and not is_last:
-        running.log.say(
-            f"{running.words}gap {gap:.4f} is above gate.stop_if={gate.stop_if}: the run ends here"
-        )
-    return "end" if what == "stop" or is_last else "next"
+    return "end" if what == "stop" or progress.round + 1 == len(running.rounds) else "next"
 
 
 def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
@@ -203,7 +212,7 @@ def _train(running: Running, session: Session, saver: checkpoint.Saver) -> bool:
         done = progress.round_step == settings.train.steps
         if _is_due(config.evaluate.every, progress.step) and not done:
             session.step.settle()
-            _judge_student(running, session, with_choices=False)
+            judge_student(running, session, with_choices=False)
         # While steps change nothing the checkpoints before stay: what is wrong may be in the weights.
         due = _is_due(config.checkpoint.every, progress.step) and not progress.skipped_in_a_row
         if done or stopping or due:
@@ -272,55 +281,6 @@ def _sparsity(settings: Config, session: Session) -> dict[str, Any] | None:
 
 def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _judge_start(running: Running, session: Session) -> None:
-    """Judge the teacher where a run starts and the student where a round does; refuse models without finite losses."""
-    progress, log = running.progress, running.log
-    # A run that goes on from another run's checkpoint has judged nothing either.
-    first = progress.step == 0 or not broadcast_object(bool(log.evaluations), running.mesh.world)
-    if first:
-        running.health.begin("judging the teacher")
-        with running.mesh.activity.doing(f"{running.words}judging the teacher"):
-            figures, known = session.judge.teacher(session.teacher)
-        parameters = num_parameters([session.teacher], running.mesh)
-        log.evaluation(
-            step=progress.step,
-            round=progress.round,
-            model="teacher",
-            parameters=parameters,
-            values=figures,
-            known=known,
-        )
-        _check_finite(running.settings, "teacher", figures)
-    if first or (progress.round_step == 0 and not progress.attempt):
-        _check_finite(running.settings, "student", _judge_student(running, session, with_choices=True))
-
-
-def _judge_student(running: Running, session: Session, *, with_choices: bool) -> Figures:
-    """Judge the student against the round's teacher, and log it."""
-    progress, log = running.progress, running.log
-    running.health.begin("judging the student")
-    with running.mesh.activity.doing(f"{running.words}judging the student after step {progress.step}"):
-        figures = session.judge.student(session.students, session.teacher, with_choices=with_choices)
-    if progress.round_step or progress.attempt:
-        # The rank that writes has the lines of the start, also when another process has judged it.
-        closed = gap_closed(log.evaluations, figures["eval/loss"], round=progress.round)
-        figures = {**figures, "eval/gap_closed": closed}
-    parameters = num_parameters(session.students, running.mesh)
-    log.evaluation(
-        step=progress.step, round=progress.round, model="student", parameters=parameters, values=figures
-    )
-    return figures
-
-
-def _check_finite(config: Config, who: str, figures: Figures) -> None:
-    """Refuse a model that gives no finite loss before its first step; every rank sees the same."""
-    loss, kl = figures["eval/loss"], figures["eval/kl"]
-    if math.isfinite(loss) and math.isfinite(kl):
-        return
-    key = "student.model" if who == "student" and config.student.model is not None else "teacher.model"
-    raise not_finite(config, key, f"the {who}'s loss on the held-out text is {loss}, its KL {kl}")
 
 
 def _device(mesh: Mesh) -> str:

@@ -21,7 +21,7 @@ from distill.evaluate import num_parameters
 from distill.judging import Judge, load_tasks
 from distill.loading import DTYPES, Models, find_models, first_rank_does, load_student, load_teacher
 from distill.rounds import STUDENT_FOLDER, Lineage, lineage_of, rounds_of
-from distill.rows import Corpus, load_corpus
+from distill.rows import Corpus, load_corpus, tell_text
 from distill.session import links_of, measure_inputs, shape_student
 from distill.sparsity import sparsify
 from parallel.factored import ranks_of
@@ -156,6 +156,8 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
     models = find_models(config, mesh)
     tasks = load_tasks(config, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
+    if mesh.world.is_first:
+        tell_text(corpus, config.data)
     teacher = load_teacher(config, mesh, models)
     students = [] if alone else load_student(config, mesh, models, trainable=False)[0]
     links = links_of(config, mesh, models, students, teacher)

@@ -83,13 +83,16 @@ def run_alone(work: Callable[[Sequence[str]], None]) -> int:
     """Run a command of one process that reads its own command line; return the exit code.
 
     Args:
-        work: what it does with the arguments; a `ConfigError` of it is told in one line.
+        work: what it does with the arguments; a `ConfigError` or `RunFailed` of it is told in one line.
     """
     try:
         work(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return FAILURE
     return 0
 
 

@@ -34,12 +34,12 @@ def distill(config: Config, mesh: Mesh, stop: Stop) -> None:
     if mesh.world.is_first and summary["finished"]:
         try:
             # Last of all, because no rank waits for this one any more.
-            summary = _with_lm_eval(config, mesh, summary)
+            summary = _with_lm_eval(config, mesh, stop, summary)
         finally:
             print(run_report(summary, Path(config.run.dir or ".")), flush=True)
 
 
-def _with_lm_eval(config: Config, mesh: Mesh, summary: dict[str, Any]) -> dict[str, Any]:
+def _with_lm_eval(config: Config, mesh: Mesh, stop: Stop, summary: dict[str, Any]) -> dict[str, Any]:
     """Judge the finished student by the tasks that have not judged it yet; return the summary with what they found."""
     known = summary.get("lm_eval", {})
     missing = [task for task in config.evaluate.lm_eval if task not in known]
@@ -48,6 +48,7 @@ def _with_lm_eval(config: Config, mesh: Mesh, summary: dict[str, Any]) -> dict[s
     found = judge_folder(
         Path(summary["student"]),
         missing,
+        stop,
         dtype=config.train.dtype,
         device=mesh.device.type,
         trust_remote_code=config.teacher.trust_remote_code,

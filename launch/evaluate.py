@@ -15,7 +15,7 @@ from distill.runfolder import write_whole
 from distill.step_metrics import finite_or_none
 from distill.stop import Stop
 from launch.command import Command, run_command
-from launch.lm_eval import judge_folder, with_figures
+from launch.lm_eval import judge_folder, may_run_code, with_figures
 from launch.report import judged_table
 
 if TYPE_CHECKING:
@@ -24,14 +24,19 @@ if TYPE_CHECKING:
 
 def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
     """Evaluate, and print one row for each model."""
+    from distill.loading import first_rank_does
     from distill.metrics import versions
     from distill.without_training import judge_models
 
+    if config.evaluate.lm_eval:
+        # Before the models are judged.
+        trust = config.teacher.trust_remote_code
+        first_rank_does(mesh, lambda: may_run_code(_judged_by_tasks(config), trust_remote_code=trust))
     rows = judge_models(config, mesh)
     if not mesh.world.is_first:
         return
     try:
-        rows = _by_lm_eval(config, mesh, rows)
+        rows = _by_lm_eval(config, mesh, stop, rows)
     finally:
         # What has been found is not lost when lm_eval fails.
         print(judged_table(rows), flush=True)
@@ -47,19 +52,14 @@ def evaluate(config: Config, mesh: Mesh, stop: Stop) -> None:
             write_whole(Path(config.evaluate.out), text)
 
 
-def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with lm_eval's figures for the last of them: the student, or the teacher alone."""
-    from distill.pretrained import resolve_model
-
+def _by_lm_eval(config: Config, mesh: Mesh, stop: Stop, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with lm_eval's figures for the last of them."""
     if not config.evaluate.lm_eval:
         return rows
-    name = config.student.model or config.teacher.model
-    folder = resolve_model(
-        name, cache_dir=Path(config.data.cache_dir), trust_remote_code=config.teacher.trust_remote_code
-    )
     found = judge_folder(
-        folder,
+        _judged_by_tasks(config),
         config.evaluate.lm_eval,
+        stop,
         dtype=config.train.dtype,
         device=mesh.device.type,
         trust_remote_code=config.teacher.trust_remote_code,
@@ -67,6 +67,19 @@ def _by_lm_eval(config: Config, mesh: Mesh, rows: list[dict[str, Any]]) -> list[
     for figures in found.values():
         rows = with_figures(rows, len(rows) - 1, figures)
     return rows
+
+
+def _judged_by_tasks(config: Config) -> Path:
+    """Return the folder of the model that lm_eval judges: the student, or the teacher alone."""
+    from distill.pretrained import resolve_model
+
+    key = "teacher.model" if config.student.model is None else "student.model"
+    return resolve_model(
+        config.student.model or config.teacher.model,
+        cache_dir=Path(config.data.cache_dir),
+        trust_remote_code=config.teacher.trust_remote_code,
+        key=key,
+    )
 
 
 COMMAND = Command(

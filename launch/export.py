@@ -29,6 +29,7 @@ def export(arguments: Sequence[str]) -> None:
 
     Raises:
         ConfigError: a mistake of the user.
+        RunFailed: the checkpoint cannot be read here and now.
     """
     if not arguments or arguments[0] in ("--help", "-h"):
         print(f"{USAGE}\n{ABOUT}")

@@ -47,14 +47,11 @@ def meet(
         if stopped():
             raise SystemExit(0)
         if time.monotonic() > deadline_s:
-            came = [each for each in range(1, size) if rank == 0 and store.check([f"{mine}/{each}"])]
-            absent = [0] if rank else [each for each in range(1, size) if each not in came]
-            if rank == 0:
-                # By their own names: ranks that are started again find this too, and must not take it for theirs.
-                store.set(
-                    f"{mine}/absent", json.dumps([store.get(f"{mine}/{each}").decode() for each in came])
-                )
-            raise Absent(_words([places[each] for each in absent], timeout_s))
+            absent = [0] if rank else [each for each in range(1, size) if not store.check([f"{mine}/{each}"])]
+            if rank == 0 and absent:
+                store.set(f"{mine}/absent", "told")
+            if absent:
+                raise Absent(_words([places[each] for each in absent], timeout_s))
         time.sleep(0.02 + size / 5000)
     return name
 
@@ -73,17 +70,19 @@ def _lead(store: Store, mine: str, size: int) -> Callable[[], str | None]:
 
 
 def _follow(store: Store, mine: str, rank: int) -> Callable[[], str | None]:
-    greeted = ""
+    greeted, is_over = "", False
 
     def step() -> str | None:
-        nonlocal greeted
+        nonlocal greeted, is_over
         name = store.get("meeting").decode() if store.check(["meeting"]) else ""
         if name and name != greeted:
+            # An earlier start's, that has come to nothing; what is told after the greeting, though, is told to this one.
+            is_over = store.check([f"{name}/absent"])
             store.set(f"{name}/{rank}", mine)
             greeted = name
         if name and store.check([f"{name}/all"]) and mine in json.loads(store.get(f"{name}/all")):
             return name
-        if name and store.check([f"{name}/absent"]) and mine in json.loads(store.get(f"{name}/absent")):
+        if name and not is_over and store.check([f"{name}/absent"]):
             raise Absent
         return None
 

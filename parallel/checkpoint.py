@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from parallel.layers import ShardSpec
 from parallel.mesh import Mesh
 from parallel.optimizer import StageOptimizer
 from parallel.weights import Entry
+
+T = TypeVar("T")
 
 THREAD = "checkpoints"
 """Name of the thread that writes."""
@@ -74,13 +76,20 @@ class _State:
     extras: dict[str, Any]
 
 
-def _copy(optimizer: StageOptimizer, step: int, extras: dict[str, Any], memory: dict[str, Tensor]) -> _State:
-    """Copy what this rank writes into memory that is kept from one time to the next, by name."""
+def _copy(
+    optimizer: StageOptimizer,
+    step: int,
+    extras: dict[str, Any],
+    memory: dict[str, Tensor],
+    mark: Callable[[], None],
+) -> _State:
+    """Copy what this rank writes into memory that is kept from one time to the next, by name; mark each as progress."""
     state = _State(step, optimizer.num_updates, {}, {}, {}, extras)
     for entry, parts in optimizer.share():
         for kind, part in parts.items() if not entry.is_tied_copy else ():
             name, shape = tensor_name(kind, entry), tuple(entry.parameter.shape)
             values = _kept_copy(part.read(), memory, name)
+            mark()
             if part.stop - part.start == entry.parameter.numel():
                 values = values.view(shape)
             else:
@@ -142,7 +151,7 @@ class Saver:
         Collectives: on the thread, over `mesh.background`: a broadcast, a gather of file records, a broadcast.
         """
         self.wait()
-        state = _copy(self._optimizer, step, extras, self._memory)
+        state = _copy(self._optimizer, step, extras, self._memory, self._mesh.activity.mark)
         self._beside.give(partial(self._write, state))
 
     def check(self) -> list[str]:
@@ -248,6 +257,30 @@ def open_files(folder: Path, manifest: Manifest) -> CheckpointFiles:
     return CheckpointFiles(folder / name for name in sorted(manifest.files))
 
 
+def read_together(folder: Path, mesh: Mesh, read: Callable[[CheckpointFiles], T]) -> tuple[Manifest, list[T]]:
+    """Let every rank read what it needs of a checkpoint; return its manifest, and what `read` returned on each rank.
+
+    Args:
+        read: has no collectives: what it cannot read is told when all have come to their end.
+    Raises:
+        CheckpointError: what is wrong with it on the first rank that sees something; the same on every rank.
+        CheckpointOutOfReach: that rank cannot read a file here and now; the same on every rank.
+    Collectives: a gather of one object over the world.
+    """
+    manifest, found, failure = None, None, None
+    try:
+        manifest = read_manifest(folder)
+        with open_files(folder, manifest) as files:
+            found = read(files)
+    except CheckpointError as error:
+        failure = type(error)(f"{folder}: {error}")
+    reports = gather_objects((found, failure), mesh.world)
+    for _, told in reports:
+        if told is not None:
+            raise told
+    return manifest, [each for each, _ in reports]
+
+
 def restore(
     folder: Path,
     optimizer: StageOptimizer,
@@ -261,25 +294,18 @@ def restore(
         optional: tensor's name (`mask/...`, `weight/...`) -> whether it is loaded only where the checkpoint and the
             optimizer both have it, in one shape; elsewhere it is left as it is.
     Raises:
-        CheckpointError: a broken file, a tensor that is missing, left over or of another shape; a rank whose own part is
-            sound raises another rank's.
-    Collectives: gathers of names and of errors over the world; those of `StageOptimizer.gather`.
+        CheckpointError: a broken file, a tensor that is missing, left over or of another shape; the same on every rank.
+        CheckpointOutOfReach: a rank cannot read a file here and now; the same on every rank.
+    Collectives: those of `read_together` and `StageOptimizer.gather`.
     """
-    manifest, found = None, None
-    names: set[str] = set()
-    left: frozenset[str] = frozenset()
-    try:
-        manifest = read_manifest(folder)
-        with open_files(folder, manifest) as files:
-            left = frozenset(name for name in files.names if not optional(name))
-            names = _load(files, optimizer, optional)
-    except CheckpointError as error:
-        found = CheckpointError(f"{folder}: {error}")
-    reports = gather_objects((names, found), mesh.world)
-    errors = [error for _, error in reports if error is not None]
-    if errors:
-        raise found or errors[0]
-    if left := left.difference(*(names for names, _ in reports)):
+
+    def load(files: CheckpointFiles) -> set[str]:
+        """Return what is left over on this rank."""
+        read = _load(files, optimizer, optional)
+        return {name for name in files.names - read if not optional(name)}
+
+    manifest, reports = read_together(folder, mesh, load)
+    if left := set.intersection(*reports):
         raise CheckpointError(
             f"{folder} holds tensors that the student does not have: {', '.join(sorted(left)[:4])}; {_OTHER}"
         )

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from parallel.checkpoint_manifest import CheckpointError
+from parallel.checkpoint_manifest import CheckpointError, CheckpointOutOfReach
 from parallel.hashed_files import FileRecord, write_safetensors
 from parallel.layers import ShardSpec
 
@@ -79,7 +79,8 @@ class CheckpointFiles:
     Args:
         paths: of the files; all of them, or a tensor may lack a part.
     Raises:
-        CheckpointError: a file cannot be read, or says impossible things.
+        CheckpointError: a file is none, or says impossible things.
+        CheckpointOutOfReach: the system does not let it be read, here or later.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -113,7 +114,9 @@ class CheckpointFiles:
             for name in names:
                 _check_type(name, file.get_slice(name).get_dtype())
                 self._pieces[name].append(_Piece(path, file, shards.get(name), spans.get(name)))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise CheckpointOutOfReach(f"{path} cannot be read: {error}") from error
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -256,6 +259,8 @@ def _read_local(name: str, pieces: list[_Piece], box: list[slice]) -> Tensor:
         row = math.prod(shape[1:])
         rows = _read_span(name, pieces, box[0].start * row, box[0].stop * row).view(-1, *shape[1:])
         return rows[(slice(None), *box[1:])]
+    except OSError as error:
+        raise CheckpointOutOfReach(f"{pieces[0].path} cannot be read: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{pieces[0].path} cannot be read: {error}") from error
 

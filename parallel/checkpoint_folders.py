@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from parallel.checkpoint_manifest import (
     MANIFEST,
     CheckpointError,
     CheckpointOutOfReach,
     Manifest,
+    reaching,
     read_manifest,
 )
-from parallel.collectives import barrier, broadcast_object, gather_objects
-from parallel.hashed_files import FileRecord, difference
+from parallel.collectives import broadcast_object, gather_objects
+from parallel.hashed_files import FileRecord, difference, size_of
 from parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 PARTIAL = ".partial"
 """Suffix of a folder that is being written."""
@@ -58,13 +61,46 @@ def step_of(folder: Path) -> int | None:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the folders of complete checkpoints, oldest first."""
-    return [folder for folder in _folders(root) if (folder / MANIFEST).exists()]
+    """Return the folders of complete checkpoints, oldest first.
+
+    Raises:
+        OSError: what there is cannot be read.
+    """
+    return [folder for folder in _folders(root) if _is_complete(folder)]
 
 
 def _folders(root: Path) -> list[Path]:
-    found = {path: step for path in root.glob("step-*") if (step := step_of(path)) is not None}
+    try:
+        # A pattern takes a folder that cannot be read for an empty one, and the run would begin anew.
+        paths = list(root.iterdir())
+    except FileNotFoundError:
+        return []
+    found = {path: step for path in paths if (step := step_of(path)) is not None}
     return sorted(found, key=lambda path: found[path])
+
+
+def _is_complete(folder: Path) -> bool:
+    return size_of(folder / MANIFEST) is not None
+
+
+def _first_rank_reads(mesh: Mesh, read: Callable[[], T]) -> T:
+    """Return what the first rank reads.
+
+    Raises:
+        CheckpointError: of `read`; the same on every rank.
+    Collectives: a broadcast over the world.
+    """
+    found: T | None = None
+    failure: CheckpointError | None = None
+    if mesh.world.is_first:
+        try:
+            found = read()
+        except CheckpointError as error:
+            failure = error
+    found, failure = broadcast_object((found, failure), mesh.world)
+    if failure is not None:
+        raise failure
+    return found
 
 
 def verify(folder: Path, mesh: Mesh) -> Manifest:
@@ -75,37 +111,26 @@ def verify(folder: Path, mesh: Mesh) -> Manifest:
         CheckpointOutOfReach: a rank cannot read a file; the same on every rank.
     Collectives: two broadcasts and a gather of one object over the world.
     """
-    manifest: Manifest | None = None
-    failure: CheckpointError | None = None
-    if mesh.world.is_first:
-        try:
-            manifest = read_manifest(folder)
-        except CheckpointError as error:
-            failure = error
-    manifest, failure = broadcast_object((manifest, failure), mesh.world)
-    if manifest is not None:
-        # The largest first, dealt out like cards.
-        records = sorted(manifest.records.items(), key=lambda item: (-item[1].size_bytes, item[0]))
-        found = gather_objects(_look_at(folder, records[mesh.world.rank :: mesh.world.size]), mesh.world)
-        name, failure = next(filter(None, found), (None, None))
-        if name is not None:
-            # What only another machine does not see whole is a matter of its disk.
-            is_seen = mesh.world.is_first and _look_at(folder, [(name, manifest.records[name])]) is None
-            if broadcast_object(is_seen, mesh.world):
-                failure = CheckpointOutOfReach(str(failure))
-    if failure is not None:
-        raise failure
-    return manifest
+    manifest = _first_rank_reads(mesh, lambda: read_manifest(folder))
+    # The largest first, dealt out like cards.
+    records = sorted(manifest.records.items(), key=lambda item: (-item[1].size_bytes, item[0]))
+    found = gather_objects(_look_at(folder, records[mesh.world.rank :: mesh.world.size]), mesh.world)
+    name, failure = next(filter(None, found), (None, None))
+    if failure is None:
+        return manifest
+    # What only another machine does not see whole is a matter of its disk.
+    is_seen = mesh.world.is_first and _look_at(folder, [(name, manifest.records[name])]) is None
+    raise CheckpointOutOfReach(str(failure)) if broadcast_object(is_seen, mesh.world) else failure
 
 
 def _look_at(folder: Path, records: Sequence[tuple[str, FileRecord]]) -> tuple[str, CheckpointError] | None:
     """Return the first file that is not as recorded and what is wrong with it, None if all are."""
     for name, record in records:
         try:
-            problem = difference(folder / name, record)
-        except OSError as error:
-            reason = f"{folder / name} cannot be read: {error.strerror or error}"
-            return name, CheckpointOutOfReach(reason)
+            with reaching(folder / name):
+                problem = difference(folder / name, record)
+        except CheckpointOutOfReach as error:
+            return name, error
         if problem is not None:
             return name, CheckpointError(problem)
     return None
@@ -115,40 +140,45 @@ def newest_sound(root: Path, mesh: Mesh) -> tuple[Sound | None, list[PassedOver]
     """Return the newest sound checkpoint, or None, and the newer ones with what is wrong with them; equal on every rank.
 
     Raises:
-        CheckpointOutOfReach: a rank cannot read one, which is not passed over for that.
+        CheckpointOutOfReach: a rank cannot read one, which is not passed over for that, or the first rank not the folder
+            that they are in; the same on every rank.
     Collectives: a broadcast, and those of `verify` for each checkpoint that is looked at.
     """
-    folders = broadcast_object(_folders(root) if mesh.world.is_first else None, mesh.world)
+
+    def look() -> list[tuple[Path, bool]]:
+        with reaching(root):
+            return [(folder, _is_complete(folder)) for folder in _folders(root)]
+
     passed: list[PassedOver] = []
-    for folder in reversed(folders):
+    for folder, complete in reversed(_first_rank_reads(mesh, look)):
         try:
             return Sound(folder, verify(folder, mesh)), passed
         except CheckpointOutOfReach:
             raise
         except CheckpointError as error:
-            complete = broadcast_object((folder / MANIFEST).exists(), mesh.world)
             passed.append(PassedOver(folder, str(error), complete))
     return None, passed
 
 
-def drop_after(root: Path, step: int, mesh: Mesh, *, damaged: list[PassedOver]) -> list[Path]:
+def drop_after(root: Path, step: int, *, damaged: Sequence[PassedOver]) -> list[Path]:
     """Remove the checkpoints of a run after `step`, which it goes on from on another way; set damaged ones aside.
 
+    On one rank.
+
     Returns:
-        The complete ones that are gone, on the first rank.
-    Collectives: a barrier over the world.
+        The complete ones that are gone.
+    Raises:
+        OSError: one cannot be moved or removed.
     """
     dropped = []
-    if mesh.world.is_first:
-        for folder in (each.folder for each in damaged if each.was_complete):
-            target = folder.with_name(folder.name + DAMAGED)
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
-        for folder in _folders(root):
-            if (step_of(folder) or 0) > step:
-                dropped += [folder] if (folder / MANIFEST).exists() else []
-                remove(folder)
-    barrier(mesh.world)
+    for folder in (each.folder for each in damaged if each.was_complete):
+        target = folder.with_name(folder.name + DAMAGED)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    for folder in _folders(root):
+        if (step_of(folder) or 0) > step:
+            dropped += [folder] if _is_complete(folder) else []
+            remove(folder)
     return dropped
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from parallel.hashed_files import FileRecord, write_file
+from parallel.hashed_files import FileRecord, size_of, write_file
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
@@ -30,6 +31,20 @@ class CheckpointError(ValueError):
 
 class CheckpointOutOfReach(CheckpointError):
     """A checkpoint cannot be read here and now (a disk, a mount, a permission); it may be sound."""
+
+
+@contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Give a block that reads files, `path` or below it.
+
+    Raises:
+        CheckpointOutOfReach: the system has refused it.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointOutOfReach(f"{error.filename or path} cannot be read: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -72,20 +87,21 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: no manifest, one that is damaged or says impossible things, or a file that is missing or has
             another size.
-        CheckpointOutOfReach: it is there and cannot be read.
+        CheckpointOutOfReach: it, or a file, may be there and cannot be read.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    with reaching(path):
+        content = None if size_of(path) is None else path.read_bytes()
+    if content is None:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}")
     try:
-        manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointOutOfReach(f"{path} cannot be read: {error.strerror or error}") from error
+        manifest = _parse(json.loads(content.decode()))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for name, record in manifest.records.items():
         file = folder / name
-        found = file.stat().st_size if file.is_file() else 0
+        with reaching(file):
+            found = size_of(file) or 0
         if found != record.size_bytes:
             raise CheckpointError(f"{file} has {found} bytes, its checkpoint says {record.size_bytes}")
     return manifest

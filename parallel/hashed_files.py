@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
@@ -167,13 +168,26 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         yield memoryview(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def size_of(path: Path) -> int | None:
+    """Return the bytes of a file, None where there is none.
+
+    Raises:
+        OSError: the system does not say whether there is one.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def difference(path: Path, record: FileRecord) -> str | None:
     """Return why a file is not the one of a record, or None; reads all of it if its size is right.
 
     Raises:
-        OSError: it is there and cannot be read, which says nothing of what it holds.
+        OSError: it may be there and cannot be read, which says nothing of what it holds.
     """
-    found_bytes = path.stat().st_size if path.is_file() else 0
+    found_bytes = size_of(path) or 0
     if found_bytes != record.size_bytes:
         return f"{path} has {found_bytes} bytes, its checkpoint says {record.size_bytes}"
     with path.open("rb") as file:

@@ -23,6 +23,7 @@ from distill.companions import STUDENT, read_settings
 from distill.config import Config, ConfigError
 from distill.cut_files import write_tensors
 from distill.deploy.export import merged_config, model_card, write_config
+from distill.failures import RunFailed
 from distill.hidden_map import PROJECTION
 from distill.loading import DTYPES
 from distill.prune import KEPT_FOLDER, copy_companions, load_kept, write_modeling_code
@@ -31,7 +32,7 @@ from distill.structure import MATRICES, layer_module
 from parallel.checkpoint import open_files
 from parallel.checkpoint_files import CheckpointFiles
 from parallel.checkpoint_folders import verify
-from parallel.checkpoint_manifest import CheckpointError, Manifest
+from parallel.checkpoint_manifest import CheckpointError, CheckpointOutOfReach, Manifest
 from parallel.factored import merge_factors, ranks_of
 from parallel.mesh import Mesh
 from parallel.model import build_meta_model
@@ -75,6 +76,7 @@ def export_checkpoint(
         max_shard_bytes: largest weight file, and so the memory it takes to write.
     Raises:
         ConfigError: the checkpoint is not sound or holds no student, `target` exists, or transformers could not load it.
+        RunFailed: it cannot be read here and now.
         OSError: the folder cannot be written.
     """
     if target.exists():
@@ -92,6 +94,8 @@ def export_checkpoint(
                     "use merged"
                 )
             build_once(target, lambda folder: _write(source, folder, merges, max_shard_bytes))
+    except CheckpointOutOfReach as error:
+        raise RunFailed(f"checkpoint={checkpoint}: {error}") from error
     except CheckpointError as error:
         raise ConfigError(f"checkpoint={checkpoint}: {error}") from error
 

@@ -278,7 +278,7 @@ def test_killed_anywhere_it_ends_the_same(
     assert_same(tmp_path, shrunk if rounds == SHRINKS else grown)
 
 
-@pytest.mark.parametrize(("place", "step"), [("_follows", 4), ("_judge_start", 0)])
+@pytest.mark.parametrize(("place", "step"), [("_follows", 4), ("judge_start", 0)])
 def test_a_request_to_stop_is_heeded_before_more_is_begun(
     place: str, step: int, inputs: Inputs, shrunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

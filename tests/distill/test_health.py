@@ -106,7 +106,7 @@ def test_what_happens_between_two_signs_counts(tmp_path: Path) -> None:
         clock.now_s, used.now_s = clock.now_s + 100, used.now_s + computed_s
         assert health.verdict()[0] is healthy
     activity.last_mark_s = clock() - 10
-    assert health.verdict() == (True, "ok: starting, 10 s ago")
+    assert health.verdict() == (True, "ok: starting, 200 s ago, and at work 10 s ago")
     with activity.waiting("a broadcast over dp", [1]):
         activity.last_mark_s = clock() - 10
         clock.now_s, used.now_s = clock.now_s + 100, used.now_s + 100

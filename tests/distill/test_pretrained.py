@@ -123,6 +123,8 @@ def test_tokenizers_of_two_models_are_compared_by_their_ids(copy: Path, model_fo
     for tokenizer in copy.glob("tokenizer*"):
         tokenizer.unlink()
     check_tokenizers(copy, model_folder, key="student.model")
+    with pytest.raises(ConfigError, match=f"^teacher.model={copy} holds no tokenizer"):
+        check_tokenizers(model_folder, copy, key="student.model")
 
 
 def test_a_narrower_student_has_the_ids_of_the_tokenizer(model_folder: Path) -> None:
@@ -163,6 +165,20 @@ def test_gguf_is_converted_once(model_folder: Path, tmp_path: Path, monkeypatch:
         True,
         True,
     ]
+
+
+def test_what_an_older_version_has_converted_is_converted_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first took scaled rotary positions for plain ones."""
+    gguf = str(model_folder.parent / "tiny.gguf")
+    monkeypatch.setattr(
+        pretrained, "convert_gguf", lambda gguf, target, key: shutil.copytree(model_folder, target)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "_CONVERSION", 1)
+        old = resolve_model(gguf, cache_dir=tmp_path)
+    assert resolve_model(gguf, cache_dir=tmp_path) != old
 
 
 def test_interrupted_conversion_leaves_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,10 +89,26 @@ def test_a_ready_student_is_not_cut_in_the_first_round() -> None:
         (Gate(repeat_until=0.5), 0.6, 2, "next"),
         (Gate(repeat_until=0.5, stop_if=0.55), 0.6, 2, "stop"),
         (Gate(repeat_until=0.5, repeats=1), 0.6, 0, "next"),
+        (Gate(), math.nan, 0, "stop"),
+        (Gate(repeat_until=0.5, stop_if=9.0), math.nan, 0, "stop"),
+        (Gate(repeat_until=0.5), math.inf, 0, "stop"),
     ],
 )
 def test_gates(gate: Gate, gap: float, attempt: int, expected: str) -> None:
-    assert verdict(gate, gap=gap, attempt=attempt) == expected
+    assert verdict(gate, gap=gap, attempt=attempt)[0] == expected
+
+
+def test_why_a_round_is_not_followed_by_the_next() -> None:
+    gate = Gate(repeat_until=0.5, repeats=2, stop_if=0.7)
+    whys = [
+        verdict(gate, gap=gap, attempt=at)[1] for gap, at in ((0.6, 0), (0.6, 1), (0.8, 1), (math.nan, 0))
+    ]
+    assert whys == [
+        "gap 0.6000 is above gate.repeat_until=0.5: once more",
+        "",
+        "gap 0.8000 is above gate.stop_if=0.7: the run ends here",
+        "gap nan is not finite: the run ends here",
+    ]
 
 
 def test_progress_counts_what_the_next_round_needs() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,17 +104,83 @@ def test_steps_may_change_in_a_run_of_one_round_only(tmp_path: Path) -> None:
         check_run_folder(replace(config, train=Train(steps=2000)))
 
 
-def test_what_a_run_begins_with_may_change_when_it_has_a_checkpoint(tmp_path: Path) -> None:
-    config = replace(config_in(tmp_path / "run"), checkpoint=Checkpoint(resume="other/step-00000010"))
-    begin(config)
-    for resume in ("auto", "none", "another"):
-        with pytest.raises(ConfigError, match=r"checkpoint.resume=other/step-00000010, this one has"):
-            check_run_folder(replace(config, checkpoint=Checkpoint(resume=resume)))
-    check_run_folder(config)
-    folder = tmp_path / "run" / "checkpoints" / "step-00000012"
+def resuming(folder: Path, resume: object) -> Config:
+    return replace(config_in(folder / "run"), checkpoint=Checkpoint(resume=str(resume)))
+
+
+def complete(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    check_run_folder(replace(config, checkpoint=Checkpoint(resume="auto")))
+    return folder
+
+
+def refused(config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_run_folder(config)
+    return str(caught.value)
+
+
+def test_what_a_run_begins_with_belongs_to_its_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = (complete(tmp_path / "other" / f"step-{step:08d}") for step in (10, 20))
+    begin(resuming(tmp_path, first))
+    # Neither what a kill has left of a save nor what was set aside is a checkpoint to go on from.
+    for name in ("step-00000012.partial", "step-00000011.damaged"):
+        complete(run / "checkpoints" / name)
+    check_run_folder(resuming(tmp_path, first))
+    for resume in ("auto", "none", second):
+        assert refused(resuming(tmp_path, resume)) == (
+            f"run.dir={run} holds a run that was started with checkpoint.resume={first} and has no checkpoint of its own "
+            f"yet, this one has checkpoint.resume={resume}; use another run.dir or checkpoint.resume={first}"
+        )
+    own = complete(run / "checkpoints" / "step-00000012")
+    for resume in ("auto", first, own):
+        check_run_folder(resuming(tmp_path, resume))
+    assert refused(resuming(tmp_path, second)) == (
+        f"run.dir={run} holds a run that was started with checkpoint.resume={first} and has checkpoints of its own, this one "
+        f"has checkpoint.resume={second}; use another run.dir or checkpoint.resume={first} or auto"
+    )
+
+
+def test_a_run_that_began_anew_does_not_go_on_from_another_ones_checkpoint(tmp_path: Path) -> None:
+    """What is in its folder was not made out of that."""
+    run, other = tmp_path / "run", complete(tmp_path / "other" / "step-00000010")
+    begin(resuming(tmp_path, "auto"))
+    for stands in ("no checkpoint of its own yet", "checkpoints of its own"):
+        assert refused(resuming(tmp_path, other)) == (
+            f"run.dir={run} holds a run that was started with checkpoint.resume=auto and has {stands}, this one has "
+            f"checkpoint.resume={other}; use another run.dir or checkpoint.resume=auto"
+        )
+        own = run / "checkpoints" / "step-00000012"
+        own.is_dir() or complete(own)
+    check_run_folder(resuming(tmp_path, own))
+
+
+def test_a_named_checkpoint_may_go_when_the_run_has_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for gone in (tmp_path / "other" / "step-00000010", run / "checkpoints" / "step-00000002"):
+        told = f"checkpoint.resume={gone} is no folder; use auto, none or a folder of checkpoints/"
+        assert refused(resuming(tmp_path, gone)) == told
+        begin(resuming(tmp_path, gone))
+        assert refused(resuming(tmp_path, gone)) == told
+        complete(run / "checkpoints" / "step-00000012")
+        check_run_folder(resuming(tmp_path, gone))
+        write_config(resuming(tmp_path, "auto"))
+        assert refused(resuming(tmp_path, gone)) == told, "it is not the same command"
+        shutil.rmtree(run)
+
+
+def test_checkpoints_that_cannot_be_looked_at_are_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = complete(tmp_path / "other" / "step-00000010")
+    begin(resuming(tmp_path, other))
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    check_run_folder(resuming(tmp_path, "auto"))
 
 
 def test_a_factored_student_belongs_to_its_settings(tmp_path: Path) -> None:

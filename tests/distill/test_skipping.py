@@ -12,6 +12,7 @@ from distill.config import Config
 from distill.failures import RunFailed
 from distill.rounds import Progress
 from distill.skipping import check_skipped, refuse_not_finite
+from parallel.checkpoint import Saver
 from parallel.mesh import Mesh
 from parallel.model import build_stage
 from parallel.optimizer import LearningRate, StageOptimizer
@@ -66,13 +67,38 @@ def test_too_many_in_a_row_end_the_run(saved: tuple[int, ...], kept: str, tmp_pa
         check_skipped(_steps([False, True, True, True]), CONFIG, Said(), tmp_path, settle=settle)
 
 
-@pytest.mark.parametrize("name", ["weight", "exp_avg", "exp_avg_sq"])
-def test_what_is_not_finite_is_not_saved(name: str) -> None:
-    stage = build_stage(tiny_config("llama"), pp=Mesh.single().pp, tp=Mesh.single().tp, dtype=torch.float32)
+def test_checkpoints_that_cannot_be_read_are_told_with_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunFailed, match=r"checkpoints cannot be read \(Not a directory\); a lower"):
+        check_skipped(_steps([True] * 3), CONFIG, Said(), tmp_path / "checkpoints", settle=lambda: None)
+
+
+def _optimizer(mesh: Mesh) -> StageOptimizer:
+    stage = build_stage(tiny_config("llama"), pp=mesh.pp, tp=mesh.tp, dtype=torch.float32)
     for parameter in stage.parameters():
         torch.nn.init.ones_(parameter)
     rate = LearningRate(peak=1e-3, warmup_steps=0, total_steps=2)
-    optimizer = StageOptimizer.of_stages([stage], Mesh.single(), OptimizerOptions(), rate)
+    return StageOptimizer.of_stages([stage], mesh, OptimizerOptions(), rate)
+
+
+def test_looking_through_all_weights_marks_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does copying them: offloaded ones may take longer than a hang is waited for."""
+    mesh = Mesh.single()
+    optimizer, marks = _optimizer(mesh), []
+    num_parts = sum(len(parts) for _, parts in optimizer.state())
+    monkeypatch.setattr(mesh.activity, "mark", lambda: marks.append(None))
+    refuse_not_finite(optimizer, mesh, Progress(step=7))
+    assert len(marks) == num_parts > 10
+    with Saver(tmp_path, optimizer, mesh, keep=1) as saver:
+        saver.save(7, {})
+        assert len(marks) == 2 * num_parts
+
+
+@pytest.mark.parametrize("name", ["weight", "exp_avg", "exp_avg_sq"])
+def test_what_is_not_finite_is_not_saved(name: str) -> None:
+    optimizer = _optimizer(Mesh.single())
     _, parts = optimizer.state()[-1]
     # Finite, though their sum is not.
     parts[name].write(torch.full_like(parts[name].read(), torch.finfo(torch.float32).max))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from distill.config import ConfigError
 from launch import export
+from launch.command import run_alone
+from parallel.checkpoint_manifest import CheckpointOutOfReach
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,16 @@ def test_a_folder_that_cannot_be_written(
         capsys.readouterr().err
         == "failed: out=b could not be written: [Errno 28] No space left on device: 'b/file'\n"
     )
+
+
+def test_a_checkpoint_out_of_reach_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object) -> None:
+        raise CheckpointOutOfReach("a/manifest.json cannot be read: Stale file handle")
+
+    monkeypatch.setattr("distill.deploy.from_checkpoint.verify", fail)
+    monkeypatch.setattr(sys, "argv", ["export", "checkpoint=a", f"out={tmp_path / 'out'}"])
+    assert run_alone(export.export) == 1
+    told = "failed: checkpoint=a: a/manifest.json cannot be read: Stale file handle\n"
+    assert capsys.readouterr().err == told

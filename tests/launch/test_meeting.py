@@ -65,6 +65,31 @@ def test_who_does_not_come_is_told_by_the_first_rank_alone() -> None:
     assert len(set(_meet(store, [0, 1, 2], late=0))) == 1
 
 
+def test_who_comes_while_the_absent_are_told_says_nothing_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, at_last = SharedStore(), threading.Event()
+    original = store.set
+
+    def wait_for_a_greeting(key: str, value: str) -> None:
+        name, _, what = key.partition("/")
+        if what == "absent":
+            at_last.set()
+            while not store.check([f"{name}/1"]):
+                time.sleep(0.01)
+        original(key, value)
+
+    monkeypatch.setattr(store, "set", wait_for_a_greeting)
+
+    def come_late() -> str:
+        at_last.wait(TIMEOUT_S)
+        return meet(store, PLACES[:2], rank=1, timeout_s=0.5)
+
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(come_late)
+        first = pool.submit(meet, store, PLACES[:2], rank=0, timeout_s=0.2)
+    assert str(first.exception()).startswith("rank 1 has not come within")
+    assert isinstance(late.exception(), Absent) and str(late.exception()) == ""
+
+
 def test_a_first_rank_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.meeting._LATER_S", 0.1)
     with pytest.raises(Absent, match="rank 0 has not come"):

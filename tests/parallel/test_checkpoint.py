@@ -16,10 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from distill.step import DistillationStep
-from parallel.checkpoint import Saver, restore
-from parallel.checkpoint_files import write_shards
+from parallel.checkpoint import Saver, read_together, restore
+from parallel.checkpoint_files import CheckpointFiles, write_shards
 from parallel.checkpoint_folders import complete_checkpoints, newest_sound
-from parallel.checkpoint_manifest import MANIFEST, CheckpointError, read_manifest
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from parallel.hashed_files import FileRecord
 from parallel.mesh import Mesh
 from tests.equivalence.trajectory import (
@@ -420,3 +427,37 @@ def test_every_rank_learns_of_one_broken_file(folders: dict[str, str], tmp_path:
         word in text
         for word, text in zip(("there is no tensor", "extra", "cannot be read"), first, strict=True)
     )
+
+
+def test_a_disk_that_refuses_while_it_is_restored_is_no_damage(
+    step: DistillationStep, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **rest: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("parallel.checkpoint_files.safe_open", refuse)
+    with pytest.raises(CheckpointOutOfReach, match=f"^{saved}: .*{FILE} cannot be read: .*Input/output"):
+        restore(saved, step.optimizer, step.mesh)
+
+
+def _read_by_two(folder: Path) -> tuple[str, list[int]]:
+    """Return what this rank is told when the second cannot read, and what both have found when they can."""
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+
+    def fail(files: CheckpointFiles) -> int:
+        if mesh.world.rank == 1:
+            raise CheckpointOutOfReach("a file cannot be read")
+        return len(files.names)
+
+    with pytest.raises(CheckpointError) as caught:
+        read_together(folder, mesh, fail)
+    manifest, found = read_together(folder, mesh, lambda files: len(files.names) + mesh.world.rank)
+    assert manifest.step == 3
+    return f"{type(caught.value).__name__}: {caught.value}", found
+
+
+def test_what_one_rank_cannot_read_is_told_on_every_rank(tmp_path: Path) -> None:
+    record = write_shards({"weight/a": torch.ones(2)}, {}, tmp_path / FILE)
+    write_manifest(Manifest(3, 3, {"mesh.pp": 1}, {FILE: record}, {}, {}), tmp_path)
+    told = f"CheckpointOutOfReach: {tmp_path}: a file cannot be read"
+    assert run_distributed(2, _read_by_two, tmp_path) == [(told, [1, 2])] * 2

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from parallel.checkpoint_files import CheckpointError, CheckpointFiles, Span, write_shards
+from parallel.checkpoint_manifest import CheckpointOutOfReach
 from parallel.layers import ShardSpec
 
 WHOLE = torch.arange(60.0).view(12, 5)
@@ -215,3 +216,16 @@ def test_headers_of_parts_that_say_impossible_things_are_named(
     with pytest.raises(CheckpointError, match="w.safetensors cannot be read") as caught:
         CheckpointFiles([path])
     assert words in str(caught.value)
+
+
+def test_a_file_that_the_system_refuses_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = _write(tmp_path, 0, [(0, 12)])
+
+    def refuse(*given: object, **rest: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("parallel.checkpoint_files.safe_open", refuse)
+    with pytest.raises(CheckpointOutOfReach, match="0.safetensors cannot be read: .*Permission denied"):
+        CheckpointFiles(paths)

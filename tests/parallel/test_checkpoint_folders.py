@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -93,7 +95,7 @@ def test_the_newest_sound_one_and_why_not_the_others(tmp_path: Path) -> None:
         passed, ("no manifest", "has 0 bytes", "c.safetensors is damaged", "a.safetensors"), strict=True
     ):
         assert words in each.reason
-    drop_after(tmp_path, 2, SINGLE, damaged=passed)
+    drop_after(tmp_path, 2, damaged=passed)
     assert names(tmp_path) == ["step-00000002", *(f"step-0000000{step}.damaged" for step in (4, 6, 8))]
     assert complete_checkpoints(tmp_path) == [folders[0]]
 
@@ -101,7 +103,7 @@ def test_the_newest_sound_one_and_why_not_the_others(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_from_an_older_one_leaves_no_newer_ones(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         write(tmp_path, step)
-    drop_after(tmp_path, 4, SINGLE, damaged=[])
+    drop_after(tmp_path, 4, damaged=[])
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
 
@@ -153,14 +155,15 @@ def _verify_where_one_rank_sees_less(folder: Path) -> list[str]:
     """The second rank does not see a file; then nobody does."""
     mesh = Mesh.create(pp=1, dp=2, tp=1)
     seen = []
-    original = Path.is_file
+    original = Path.stat
     for blind in ({1}, {0, 1}):
-        hidden = mesh.world.rank in blind
-        with mock.patch.object(
-            Path,
-            "is_file",
-            lambda self, hidden=hidden: original(self) and not (hidden and self.name in FILES),
-        ):
+
+        def look(self: Path, hidden: bool = mesh.world.rank in blind, **rest: Any) -> os.stat_result:
+            if hidden and self.name in FILES:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+            return original(self, **rest)
+
+        with mock.patch.object(Path, "stat", look):
             try:
                 verify(folder, mesh)
             except CheckpointError as error:
@@ -173,6 +176,30 @@ def test_what_one_machine_does_not_see_is_no_damage(tmp_path: Path) -> None:
     for first, second in run_distributed(2, _verify_where_one_rank_sees_less, folder):
         assert first.startswith("CheckpointOutOfReach: ") and "has 0 bytes" in first
         assert second.startswith("CheckpointError: ")
+
+
+def _told_where_the_first_rank_is_refused(folder: Path) -> list[str]:
+    """The first rank's disk refuses the manifest, then the folder of checkpoints; return what this rank is told."""
+    mesh = Mesh.create(pp=1, dp=2, tp=1)
+    told = []
+    for call, place in (("stat", folder / MANIFEST), ("iterdir", folder.parent)):
+        original = getattr(Path, call)
+
+        def refuse(self: Path, original: Any = original, place: Path = place, **rest: Any) -> Any:
+            if self == place and mesh.world.is_first:
+                raise OSError(errno.EIO, "Input/output error", str(self))
+            return original(self, **rest)
+
+        with mock.patch.object(Path, call, refuse), pytest.raises(CheckpointOutOfReach) as caught:
+            newest_sound(folder.parent, mesh)
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_disk_that_refuses_the_first_rank_is_told_on_every_rank(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    expected = [f"{place} cannot be read: Input/output error" for place in (folder / MANIFEST, tmp_path)]
+    assert run_distributed(2, _told_where_the_first_rank_is_refused, folder) == [expected] * 2
 
 
 def test_a_link_out_of_the_folder_is_no_way_around_the_hash(tmp_path: Path) -> None:

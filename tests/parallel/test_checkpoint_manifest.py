@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parallel.checkpoint_manifest import MANIFEST, CheckpointError, Manifest, read_manifest, write_manifest
+from parallel.checkpoint_manifest import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointOutOfReach,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from parallel.hashed_files import FileRecord, write_file
 from tests.parallel.forged import checksum, edit_manifest
 
@@ -110,6 +118,26 @@ def test_what_is_impossible_is_named(
 ) -> None:
     edit_manifest(tmp_path, lambda body: {**body, key: value})
     refused(tmp_path, str(tmp_path / MANIFEST), "cannot be read", words)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, FILE])
+@pytest.mark.parametrize("call", ["stat", "read_bytes"])
+def test_what_the_system_refuses_is_out_of_reach(
+    call: str, name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(Path, call)
+
+    def refuse(self: Path, **rest: Any) -> Any:
+        if self.name == name:
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return original(self, **rest)
+
+    monkeypatch.setattr(Path, call, refuse)
+    if (call, name) == ("read_bytes", FILE):
+        assert read_manifest(tmp_path) == manifest, "of files the size is looked at"
+        return
+    with pytest.raises(CheckpointOutOfReach, match=f"{name} cannot be read: Stale file handle"):
+        read_manifest(tmp_path)
 
 
 def test_files_that_are_missing_or_short_are_named(manifest: Manifest, tmp_path: Path) -> None:
