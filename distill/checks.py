@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bounds import check_bounds
-from distill.config import Config, ConfigError
+from distill.config import Config, ConfigError, Train
 from distill.convert import config_to_dict, either, flatten, round_config, show
 from distill.judging_checks import check_judging
 from distill.loss_checks import check_loss
@@ -115,6 +115,10 @@ def check_config(
             if len(rounds) == 1 or _is_shared(config, error):
                 raise
             raise ConfigError(f"rounds[{index}]: {error}") from error
+    if config.train.tokens is not None and config.train.steps != Train().steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} does nothing beside train.tokens={config.train.tokens}; leave one of them out"
+        )
     config = fill_mesh(config, world_size)
     for index, settings in enumerate(rounds):
         _check_ratio(config, index, settings.student.prune)

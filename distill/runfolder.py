@@ -31,6 +31,7 @@ _MADE = ("pruned", "factored", METRICS_FILE, "checkpoints", "student")
 
 MAY_CHANGE = (
     "train.steps",  # the learning rate's schedule is then laid over the new number
+    "train.tokens",
     "train.timeout_s",
     "train.max_skipped_steps",
     "train.microbatch_size",
@@ -50,7 +51,7 @@ MAY_CHANGE = (
     "evaluate.out",
 )
 """Keys, or groups with a dot at the end, that may differ when a run goes on: the trajectory does not depend on them."""
-_ROUND_STAYS = ("train.steps",)
+_ROUND_STAYS = ("train.steps", "train.tokens")
 """Of them, what may not differ in an entry of `rounds`, nor at all where there are several: how long a round was has shaped
 what came after it."""
 CHECKPOINTS = "checkpoints"

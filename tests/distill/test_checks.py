@@ -68,6 +68,7 @@ def test_dp_takes_what_is_left(mesh: dict[str, int], dp: int) -> None:
         ({"loss": {"alpha": 2}, "rounds": [{}, {"train": {"steps": 4}}]}, "loss.alpha=2.0 is outside 0 to 1"),
         ({"rounds": [{}, {"teacher": {"model": "./nowhere"}}]}, "teacher.model=./nowhere does not exist"),
         ({"rounds": [{}, {"student": {"prune": {"pruning_ratio": 0.2, "num_layers": 3}}}]}, "rounds[1].student.prune.pruning_ratio=0.2 does nothing beside student.prune.num_layers=3; leave it out, or set num_layers to null"),
+        ({"train": {"steps": 3, "tokens": 4096}}, "train.steps=3 does nothing beside train.tokens=4096; leave one of them out"),
         ({"rounds": [{"student": {"sparsity": {"method": "magnitude", "pattern": "2:4"}}}, {"student": {"sparsity": {"method": "wanda", "ratio": 0.4}}}]}, "rounds[1].student.sparsity holds 0.4 of the weights at zero, but the round before 0.5, and what is held stays held; use a ratio of 0.5 or more, or method: null"),
         ({"student": {"prune": {"target_params": "50%"}}, "rounds": [{"student": {"prune": {"pruning_ratio": 0}}}, {}]}, "rounds[0].student.prune.pruning_ratio=0.0 does nothing beside student.prune.target_params=50%"),
         ({"student": {"sparsity": {"method": "wanda"}, "low_rank": {"energy": 0.9}}}, "student.sparsity.method=wanda holds weights of dense linears, but student.low_rank.energy=0.9 factors them"),

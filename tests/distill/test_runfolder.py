@@ -102,6 +102,11 @@ def test_steps_may_change_in_a_run_of_one_round_only(tmp_path: Path) -> None:
     begin(config)
     with pytest.raises(ConfigError, match="train.steps=1000, this one has train.steps=2000"):
         check_run_folder(replace(config, train=Train(steps=2000)))
+    with pytest.raises(ConfigError, match="train.tokens=null, this one has train.tokens=64000"):
+        check_run_folder(replace(config, train=Train(tokens=64000)))
+    alone = replace(config_in(tmp_path / "alone"), train=Train(tokens=32000))
+    begin(alone)
+    check_run_folder(replace(alone, train=Train(tokens=64000)))
 
 
 def resuming(folder: Path, resume: object) -> Config:
