@@ -83,6 +83,7 @@ STUDENTS: dict[str, dict[str, object]] = {
     "wide-hard": WIDE | {"loss.alpha": 1},
     "half-again": HALF | AGAIN,
     "half-t1-again": HALF | AGAIN | {"loss.temperature": 1},
+    "half-t5-again": HALF | AGAIN | {"loss.temperature": 5},
     "half-alpha0-again": HALF | AGAIN | {"loss.alpha": 0},
     "half-alpha7-again": HALF | AGAIN | {"loss.alpha": 0.7},
     "moments-kept": {"rounds": MOMENTS.format("keep")},

@@ -351,8 +351,11 @@ PAIRS = [Case((1, 2, 1), options) for options in OWN]
 FOURS = [Case(layout, OWN[1]) for layout in LAYOUTS[2:]]
 
 
-def test_any_layout_and_stage_goes_on_from_any_other(folder: Path, tmp_path: Path) -> None:
-    for number, cases in enumerate((PAIRS, FOURS, SINGLES)):
+@pytest.mark.parametrize("through", [[], pytest.param([FOURS], marks=pytest.mark.slow)], ids=["two", "four"])
+def test_any_layout_and_stage_goes_on_from_any_other(
+    through: list[list[Case]], folder: Path, tmp_path: Path
+) -> None:
+    for number, cases in enumerate((PAIRS, *through, SINGLES)):
         root = tmp_path / str(number)
         sources = [path for other in range(number) for path in _saved(tmp_path / str(other))]
         ranks = run_distributed(_size(cases[0].layout), _go_on, cases, sources, root, folder, timeout_s=300)

@@ -105,7 +105,11 @@ def _check(
 
 @pytest.mark.parametrize(
     "layout",
-    [(2, 1, 1), (2, 2, 1), pytest.param((2, 1, 2), marks=pytest.mark.slow), (4, 1, 1)],
+    [
+        (2, 1, 1),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ((2, 2, 1), (2, 1, 2))),
+        (4, 1, 1),
+    ],
     ids=layout_name,
 )
 def test_the_same_bits(layout: tuple[int, int, int], folders: dict[str, str]) -> None:
