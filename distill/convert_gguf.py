@@ -14,6 +14,7 @@ perplexity 14.63 and 14.62). Float32 was chosen because the folder then equals t
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,10 @@ def convert_gguf(gguf: Path, target: Path, *, key: str = "teacher.model") -> Non
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    # transformers 5 writes a class of its own that engines on transformers 4 do not know; both read the general one alike.
+    file = target / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _model(gguf: Path) -> PreTrainedModel:

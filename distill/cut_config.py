@@ -25,7 +25,7 @@ _WIDTH_KEYS = ("intermediate_size", "num_attention_heads", "num_key_value_heads"
 MODELING_FILE = "modeling_layerwise.py"
 """Code beside a student whose layers differ: transformers 5.23 has no own for most families (`parallel.layerwise`)."""
 MODELING_CLASS = "LayerwiseForCausalLM"
-_AUTO_MAP = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{MODELING_CLASS}"}
+AUTO_MAP = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{MODELING_CLASS}"}
 
 
 def _resized(config: PretrainedConfig, sizes: Sizes, **changes: Any) -> PretrainedConfig:
@@ -33,8 +33,8 @@ def _resized(config: PretrainedConfig, sizes: Sizes, **changes: Any) -> Pretrain
     values = {"per_layer_config": None, **config.to_dict(), **changes}
     if values["per_layer_config"] is None:
         values.pop("allow_global_per_layer_attribute_access", None)
-        if values.get("auto_map") == _AUTO_MAP:
-            del values["auto_map"]
+        # Code that came with the teacher is not copied.
+        values.pop("auto_map", None)
     derived = values["hidden_size"] // values["num_attention_heads"]
     if "head_dim" in values or derived != sizes.head_width:
         values["head_dim"] = sizes.head_width
@@ -119,7 +119,7 @@ def _own_widths(
     changes: dict[str, Any] = {"per_layer_config": {layer: values for layer, values in own.items() if values}}
     if not changes["per_layer_config"]:
         return {"per_layer_config": None}
-    changes["auto_map"] = _AUTO_MAP
+    changes["auto_map"] = AUTO_MAP
     if not heads_differ:
         return changes
     # Llama's, Gemma's and Phi's classes compare the common number of heads with other sizes when they are read. The

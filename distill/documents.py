@@ -62,7 +62,8 @@ def _decoded(content: bytes, file: str, *, first_line: int) -> str:
     """Return bytes as text, or say in which line they are none."""
     try:
         fault, reason = content.find(b"\0"), "holds a NUL, so it is not text or a part of it was lost"
-        text = content.decode("utf-8")
+        # Some editors begin a file with a mark that says so.
+        text = content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         fault, reason, text = error.start, f"is not UTF-8 text ({error.reason})", ""
     if fault >= 0:

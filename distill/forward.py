@@ -18,8 +18,8 @@ from distill.step import messages
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.actions import Action, Kind, Plan
+from parallel.pipeline.course import proven
 from parallel.pipeline.executor import Executor
-from parallel.pipeline.lower import add_communication
 from parallel.pipeline.p2p import Links
 from parallel.pipeline.schedules import forward_only
 from parallel.pipeline.stage import ForwardStage
@@ -126,6 +126,6 @@ def _plans(
             num_slices=teacher.num_slices if teacher is not None else 1,
             virtual_stages=len(students) or 1,
         )
-        return add_communication(plan)
+        return proven(plan, ahead=frozenset())
 
     return plan_of

@@ -41,6 +41,7 @@ from distill.config import ConfigError
 from distill.cut_config import MODELING_CLASS, MODELING_FILE, student_config
 from distill.cut_files import stored_parameters, write_tensors
 from distill.kept import Kept
+from distill.saved_config import save_config
 from distill.scores import Scores
 from distill.shape import Shape
 from distill.structure import Layout, Sizes, Unit, cut, layout_of, student_name
@@ -287,7 +288,7 @@ def write_student(
     def write(folder: Path) -> None:
         folder.mkdir()
         write_tensors(folder, sizes_bytes, produce, max_shard_bytes=max_shard_bytes)
-        config.save_pretrained(folder)
+        save_config(config, folder)
         copy_companions(companions, folder)
         write_modeling_code(folder, model)
         _write_kept(folder / KEPT_FOLDER, kept, provenance)

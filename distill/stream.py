@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.config import ConfigError
 from distill.packing import Row, Rows
 
 BLOCK = 1000
@@ -26,12 +27,20 @@ class Stream:
         sources: rows of each source.
         weights: shares of the sources, any positive sum; None: there is one source.
         seed: of every order.
+    Raises:
+        ConfigError: a weight that is too small for a row of a block.
     """
 
     def __init__(self, sources: Sequence[Rows], weights: Sequence[float] | None, *, seed: int) -> None:
         assert weights is not None or len(sources) == 1, "several sources need weights"
         self._sources, self._seed = sources, seed
         self._quotas = None if weights is None else quotas(weights, BLOCK)
+        for weight, quota in zip(weights or (), self._quotas or (), strict=True):
+            if weight and not quota:
+                raise ConfigError(
+                    f"data.weights: a source of {weight:g} in {sum(weights):g} would get none of {BLOCK} rows; give it a thousandth at "
+                    "least, or 0"
+                )
         # A step may straddle two epochs or blocks, and the teacher may already be in the next one.
         self._order = lru_cache(maxsize=3 * len(sources))(self._permutation)
         self._mixed = lru_cache(maxsize=3)(self._mix)

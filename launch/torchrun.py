@@ -31,6 +31,9 @@ from torch.distributed.run import main
 
 from launch.environment import FAILURE, SHUTDOWN, USER_ERROR
 
+_AFTER_FAILURE_S = 30
+"""For the other ranks to end after one has failed."""
+
 
 def agent_class(exit_codes: list[int | None]) -> type[LocalElasticAgent]:
     """Return torchrun's agent with what this launcher decides about restarts.
@@ -40,9 +43,12 @@ def agent_class(exit_codes: list[int | None]) -> type[LocalElasticAgent]:
     """
 
     class Agent(LocalElasticAgent):
+        _has_failed = False
+
         def _monitor_workers(self, *given: Any) -> Any:
             result = super()._monitor_workers(*given)
             codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            self._has_failed = bool(codes)
             if USER_ERROR in codes.values():
                 self._remaining_restarts = 0
             if codes and self._remaining_restarts:
@@ -54,6 +60,10 @@ def agent_class(exit_codes: list[int | None]) -> type[LocalElasticAgent]:
             number = most - self._remaining_restarts
             print(f"all ranks start again, {number} of at most {most} times", file=sys.stderr, flush=True)
             super()._restart_workers(*given)
+
+        def _stop_workers(self, worker_group: Any) -> None:
+            # Ranks that are well, as when a machine joins, have the time to save; beside one that has failed they only leave.
+            self._shutdown(timeout=_AFTER_FAILURE_S if self._has_failed else self._shutdown_timeout)
 
         def _shutdown(self, *given: Any, **named: Any) -> None:
             super()._shutdown(*given, **named)

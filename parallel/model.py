@@ -30,6 +30,9 @@ from parallel.plan import UnsupportedModel, parallelize
 from parallel.probes import LogitsTransform, logits_transform, probe_logits, probe_passthrough
 from parallel.recompute import LinearOutputs, Recompute
 
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Types of layers whose positions see others by the mask alone."""
+
 
 class SkippedLayer(nn.Module):
     """Stands where another stage (or another slice of this one) owns the layer."""
@@ -89,15 +92,26 @@ def build_config(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def _check_layer_types(config: PretrainedConfig) -> None:
+    """Refuse layers that carry a state along a row: rows hold several documents, and none may see another."""
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
+    if others:
+        raise UnsupportedModel(
+            f"{config.model_type} has layers of the type {min(others)!r}, which would carry a state from one document of a "
+            "row into the next"
+        )
+
+
 def build_meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """Return the causal LM of `config` on the meta device: the family's own, or `layerwise` where its layers differ.
 
     Linears that the config factors are in two.
 
     Raises:
-        UnsupportedModel: factors of something that is no linear.
+        UnsupportedModel: factors of something that is no linear, layers that are no attention.
     """
     built = build_config(config)
+    _check_layer_types(built)
     with torch.device("meta"):
         if built.is_heterogeneous:
             model = layerwise(MODEL_FOR_CAUSAL_LM_MAPPING[type(built)])._from_config(built)

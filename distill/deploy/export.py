@@ -18,8 +18,10 @@ from transformers import PretrainedConfig
 
 from distill.config import Config
 from distill.convert import config_to_dict, show
+from distill.cut_config import AUTO_MAP
 from distill.deploy import modeling_reflux_low_rank
 from distill.prune import KEPT_FOLDER, copy_companions, write_modeling_code
+from distill.saved_config import save_config
 from parallel.collectives import barrier
 from parallel.factored import CONFIG_KEY, ranks_of
 from parallel.mesh import Mesh
@@ -27,7 +29,7 @@ from parallel.model import StageModel
 from parallel.weights import export_weights
 
 _MODELING = modeling_reflux_low_rank.__name__.rpartition(".")[2]
-_AUTO_MAP = {
+_FACTORED_MAP = {
     "AutoModelForCausalLM": f"{_MODELING}.{modeling_reflux_low_rank.RefluxLowRankForCausalLM.__name__}"
 }
 _FACTORS = {
@@ -87,8 +89,6 @@ def merged_config(model_config: PretrainedConfig) -> PretrainedConfig:
     merged = copy.deepcopy(model_config)
     if ranks_of(merged):
         delattr(merged, CONFIG_KEY)
-        if getattr(merged, "auto_map", None) == _AUTO_MAP:
-            del merged.auto_map
     return merged
 
 
@@ -105,10 +105,13 @@ def write_config(
     """
     written = merged_config(model_config) if merge_factors else copy.deepcopy(model_config)
     written.dtype = dtype
+    if getattr(written, "auto_map", AUTO_MAP) != AUTO_MAP:
+        # Of code that came with the model that the student began as, and is not copied.
+        del written.auto_map
     if ranks_of(written) and not written.is_heterogeneous:
-        written.auto_map = _AUTO_MAP
+        written.auto_map = _FACTORED_MAP
         shutil.copyfile(modeling_reflux_low_rank.__file__, folder / f"{_MODELING}.py")
-    written.save_pretrained(folder)
+    save_config(written, folder)
 
 
 def model_card(
@@ -148,7 +151,7 @@ def model_card(
         "tags: [distillation, pruning, reflux]",
         "---",
         "",
-        f"# Student of {config.teacher.model}",
+        f"# Student of {Path(str(config.teacher.model)).name}",
         "",
         f"- Teacher: `{config.teacher.model}`; student: {cut}; kept indices under `{KEPT_FOLDER}/`.{zeros}",
         *notes,
@@ -168,7 +171,7 @@ def _training(config: Config, summary: Mapping[str, Any]) -> list[str]:
     alpha, temperature = show(loss["alpha"]), show(loss["temperature"])
     return [
         f"- Loss: alpha x cross-entropy + (1 - alpha) x T^2 {loss['kind']}; alpha: {alpha}, T: {temperature}.",
-        f"- Trained on {summary['tokens']:,} tokens of `{config.data.path}` in rows of {config.data.seq_len}.",
+        f"- Trained on {summary['tokens']:,} tokens of `{show(config.data.path)}` in rows of {config.data.seq_len}.",
         "",
         *(_judged(summary["table"]) if "table" in summary else _not_judged(summary["step"])),
     ]

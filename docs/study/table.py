@@ -15,8 +15,20 @@ import matplotlib.pyplot as plt
 import run
 
 FOLDER = Path("docs/study")
-BUDGETS = (200_704, 100_352)
-"""Training tokens (rows times their length) after which students are compared: all reach the last, some the first."""
+LOSSES = ("half-hard", "half-t1", "half", "half-t5", "half-alpha0", "half-alpha7")
+AGAIN = ("half-t1", "half", "half-t5", "half-alpha0", "half-alpha7")
+TABLES = {
+    "Temperature and alpha": (200_704, LOSSES),
+    "Temperature and alpha, half of the tokens": (100_352, LOSSES),
+    "Two orders of the rows": (100_352, tuple(name for one in AGAIN for name in (one, f"{one}-again"))),
+    "Importance": (100_352, ("half", "half-l1", "half-random")),
+    "Hidden states": (100_352, ("half", "half-hidden")),
+    "Factors and zeros": (100_352, ("low-rank", "low-rank-plain", "two-of-four")),
+    "75 % and 49 %": (100_352, ("wide", "wide-hard", "half", "half-hard")),
+    "One cut or two rounds": (100_352, ("half", "half-two-rounds")),
+    "Moments over a cut": (61_440, ("moments-kept", "moments-reset")),
+}
+"""Title -> training tokens (rows times their length) after which students are compared, and the students."""
 GROUPS = {
     "temperature": ("half-t1", "half", "half-t5", "half-hard"),
     "alpha": ("half-alpha0", "half", "half-alpha7", "half-hard"),
@@ -55,14 +67,16 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [line for line in lines if line["round"] == last]
 
 
-def table(results: dict[str, dict[str, Any]], budget: int) -> str:
-    """Return one row for each student that was judged after `budget` tokens."""
+def table(results: dict[str, dict[str, Any]], names: tuple[str, ...], budget: int) -> str:
+    """Return one row for each student that is there and was judged after `budget` tokens."""
     rows = [
         "| student | parameters | perplexity: cut | distilled | KL to the teacher | agreement | gap closed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, result in results.items():
-        cut, *distilled = judged(result)
+    for name in names:
+        if name not in results:
+            continue
+        cut, *distilled = judged(results[name])
         for line in distilled:
             if line["step"] * run.STEP == budget:
                 rows.append(
@@ -100,7 +114,7 @@ def draw(file: Path, results: dict[str, dict[str, Any]], names: tuple[str, ...])
         panel.spines[["top", "right"]].set_visible(False)
     panels[1].legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -108,8 +122,8 @@ def main() -> None:
     """Print the table and draw the pictures."""
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}
     results = load()
-    for budget in BUDGETS:
-        print(f"After {budget:,} tokens:\n\n{table(results, budget)}\n")
+    for title, (budget, names) in TABLES.items():
+        print(f"{title}, after {budget:,} tokens:\n\n{table(results, names, budget)}\n")
     for group, names in GROUPS.items():
         if any(name in results for name in names):
             draw(FOLDER / f"{group}.svg", results, names)

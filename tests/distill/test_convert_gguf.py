@@ -75,7 +75,11 @@ def test_tokenizer_splits_every_digit_as_the_original_does(tmp_path: Path) -> No
 
 
 def test_special_tokens_and_chat_template_survive(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(_convert(tmp_path, tiny_llama()))
+    """Under a class that transformers 4 knows too."""
+    folder = _convert(tmp_path, tiny_llama())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (
         1,
         2,

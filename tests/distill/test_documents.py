@@ -57,6 +57,13 @@ def test_records_are_read_in_order_and_blank_lines_passed_over(tmp_path: Path) -
     assert [each["text"] for each in json_documents(str(file), "text")] == texts
 
 
+def test_a_mark_of_utf_8_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", GOOD), ("b.txt", b"one")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert [each["text"] for each in json_documents(str(tmp_path / "a.jsonl"), "text")] == ["one"]
+    assert [each["text"] for each in text_documents([str(tmp_path / "b.txt")])] == ["one"]
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\r\ntwo \u00fc\rthree\n".encode())
     (tmp_path / "b.txt").write_bytes(b"")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from distill.config import ConfigError
 from distill.stream import BLOCK, Beginning, Stream, quotas
 
 
@@ -64,6 +65,16 @@ def test_what_others_ask_of_a_stream() -> None:
     assert (stream.num_rows, stream.seq_len, stream.pad_token_id) == (14, 8, 0)
     assert [beginning[index] for index in range(len(beginning))] == rows(stream, range(4))
     assert (beginning.seq_len, beginning.pad_token_id) == (8, 0)
+
+
+def test_a_source_that_would_never_be_read_is_refused() -> None:
+    sources = [source("a", 5), source("b", 9)]
+    with pytest.raises(
+        ConfigError, match=r"data\.weights: a source of 1 in 2001 would get none of 1000 rows"
+    ):
+        Stream(sources, [1, 2000], seed=1)
+    Stream(sources, [1, 999], seed=1)
+    Stream(sources, [0, 1], seed=1)
 
 
 def test_quotas_add_up() -> None:

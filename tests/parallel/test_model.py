@@ -135,6 +135,15 @@ def test_a_style_or_family_that_is_not_known_is_named(monkeypatch: pytest.Monkey
         build_stage(config, pp=Axis("pp"), tp=Axis("tp"))
 
 
+def test_layers_that_carry_a_state_along_a_row_are_refused() -> None:
+    config = tiny_config("qwen3")
+    config.layer_types = ["full_attention", "linear_attention", "full_attention", "linear_attention"]
+    with pytest.raises(
+        UnsupportedModel, match="qwen3 has layers of the type 'linear_attention', which would carry"
+    ):
+        build_stage(config, pp=Axis("pp"), tp=Axis("tp"))
+
+
 def test_an_unknown_logits_transform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel.model.logits_transform", lambda config: LogitsTransform())
     with pytest.raises(UnsupportedModel, match="logits"):
