@@ -173,11 +173,12 @@ class DistillationStep:
         self._executor.settle()
 
     def close(self) -> None:
-        """End the threads, also with the teacher ahead. Collectives: those of `HiddenTerm.close`.
+        """End the threads, also with the teacher ahead; the links stay. Collectives: those of `Links.drop`, `HiddenTerm.close`.
 
-        The links stay: what was sent ahead over them may be under way, and no thread waits for it.
+        Nothing is left under way: with NCCL a process that leaves waits for what it has sent.
         """
         self._executor.close()
+        self.links.drop()
         if self.hidden is not None:
             self.hidden.close()
 

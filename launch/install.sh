@@ -7,7 +7,9 @@ extra="${1:-}"
 torch_version="2.13.0"
 venv=".venv"
 stamp="$venv/installed${extra:+-$extra}"
-wanted="$(cat pyproject.toml constraints.txt launch/install.sh | cksum)"
+gpu=""
+if nvidia-smi -L >/dev/null 2>&1; then gpu="gpu"; fi
+wanted="$(cat pyproject.toml constraints.txt launch/install.sh | cksum)${gpu:+ $gpu}"
 
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
@@ -30,7 +32,7 @@ pip() {
 # torch first and on its own. `===` takes the index's own build, which is the one for GPUs; the CPU build, where an index
 # offers it, spares a machine without a GPU some gigabytes.
 echo "installing torch $torch_version"
-if nvidia-smi -L >/dev/null 2>&1; then
+if [ -n "$gpu" ]; then
     pip install -qq "torch===$torch_version" || pip install -qq "torch==$torch_version"
 else
     pip install -qq "torch==$torch_version+cpu" 2>/dev/null || pip install -qq "torch==$torch_version"

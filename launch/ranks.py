@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from parallel.activity import Activity
 from parallel.mesh import PATIENCE, Mesh, coordinates_of
 from parallel.pipeline.executor import ActionFailed
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+_WITHOUT_CUDA = "there is a GPU here, but torch was installed without CUDA: bash launch/install.sh on a machine with a GPU mends that"
+
 
 def choose_device(name: str, world: World) -> torch.device:
     """Return where this rank computes.
@@ -38,12 +42,18 @@ def choose_device(name: str, world: World) -> torch.device:
     """
     num_gpus = torch.cuda.device_count()
     if name != "cpu" and num_gpus >= world.local_size:
+        # Each message, sum and lane is to be on its way without another before it in the same queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         return torch.device("cuda", world.local_rank)
+    hidden = torch.version.cuda is None and _DRIVER.exists()
     if name == "cuda":
         raise ConfigError(
             f"run.device=cuda needs a GPU for each of the {world.local_size} processes on this machine, which has "
             f"{num_gpus}; use cpu or auto, or start fewer processes"
+            + (f" ({_WITHOUT_CUDA})" if hidden else "")
         )
+    if name == "auto" and hidden and world.rank == 0:
+        print(f"note: the CPU is used; {_WITHOUT_CUDA}")
     if name == "auto" and num_gpus > 0 and world.rank == 0:
         print(f"note: {world.local_size} processes share {num_gpus} GPU on this machine, so the CPU is used")
     return torch.device("cpu")

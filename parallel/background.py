@@ -38,7 +38,9 @@ class Background:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._unasked: deque[Future[None]] = deque()
         # The number of threads decides the order of sums, and a new thread would take torch's default.
-        arguments = (self._jobs, torch.get_num_threads(), yields)
+        # And it would begin on the first GPU, where it then made a context.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        arguments = (self._jobs, torch.get_num_threads(), yields, gpu)
         self._thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)
         self._thread.start()
 
@@ -75,8 +77,10 @@ class Background:
         self._jobs.put(None)
 
 
-def _work(jobs: queue.SimpleQueue[Any], num_threads: int, yields: bool) -> None:
+def _work(jobs: queue.SimpleQueue[Any], num_threads: int, yields: bool, gpu: int | None) -> None:
     torch.set_num_threads(num_threads)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     if yields and sys.platform == "linux":
         # Only on Linux is the niceness of a thread its own.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)

@@ -120,6 +120,9 @@ class DeepSpeedEngine:
         self._zero.setup_buckets()
         with waiting("DeepSpeed's reductions", self._axes.dp):
             self._zero.reduce_gradients()
+        if self._zero.cpu_offload:
+            # Copies from a GPU are under way, and DeepSpeed waits for them in its own step only.
+            self._zero._wait_for_offload_copies()
         squares = torch.zeros((), dtype=torch.float64, device=gradients.device)
         for placed, gradient in self._owned_gradients():
             if placed.run is not None and placed.run.is_counted:
@@ -283,7 +286,8 @@ def _prepare(device: torch.device) -> None:
     if device.type == "cpu" and deepspeed.accelerator.get_accelerator().device_name() != "cpu":
         deepspeed.accelerator.set_accelerator(cpu_accelerator.CPU_Accelerator())
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.comm.init_distributed(verbose=False, dist_init_required=False)
 
 

@@ -85,6 +85,30 @@ def _elements(blocks: slice) -> slice:
     return slice(blocks.start * BLOCK, blocks.stop * BLOCK)
 
 
+class _AdamW8bit(bitsandbytes.optim.AdamW8bit):
+    """bitsandbytes' rule, on a GPU in the order of the current stream.
+
+    Its kernels run on the default stream whatever the current one is, and its own `step` waits for the whole device after each
+    range, also for messages that are to be taken only after this update.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all ranges, whose gradients and states are there."""
+        assert closure is None
+        device = self.param_groups[0]["params"][0].device
+        current = default = None
+        if device.type == "cuda":
+            current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+            default.wait_stream(current)
+        for number, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self.update_step(group, parameter, number, place)
+        if current is not None and default is not None:
+            current.wait_stream(default)
+
+
 class EightBitUpdater:
     """bitsandbytes' `AdamW8bit` over ranges of flat buffers.
 
@@ -102,7 +126,7 @@ class EightBitUpdater:
         second = EightBitStore(numel, signed=False, device=device)
         self.stores: dict[str, Store] = {"exp_avg": first, "exp_avg_sq": second}
         self.num_updates = 0
-        self.optimizer = bitsandbytes.optim.AdamW8bit(
+        self.optimizer = _AdamW8bit(
             groups_of(ranges, options.weight_decay), lr=0.0, betas=options.betas, eps=options.eps
         )
         self._states = [self.optimizer.state[each.parameter] for each in ranges]

@@ -82,7 +82,7 @@ class TorchEngine:
 
         Args:
             mask: True for entries of the flat buffers whose gradients are cleared before.
-        Collectives: all-reduces over the gradients' tie; one over their dp if sharded; one over their model.
+        Collectives: all-reduces over the gradients' tie; one over their dp, before the one over their model if sharded, else after.
         """
         gradients, dp = self._buffers.flat_grad, self._axes.dp
         for bucket in self._buffers.buckets:
@@ -100,6 +100,9 @@ class TorchEngine:
         if self._is_sharded:
             all_reduce_(squares, dp)
         all_reduce_(squares, self._axes.model)
+        if not self._is_sharded:
+            # Replicas may add up in orders of their own, and must clip alike.
+            all_reduce_(squares, dp, op="max")
         return squares.sum().sqrt()
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from parallel.background import Background
 from parallel.collectives import gather_objects
 from parallel.mesh import Mesh, new_group
 from parallel.pipeline.buffers import BufferPool
-from parallel.pipeline.connect import Channel, connect
+from parallel.pipeline.connect import Channel, connect, disconnect
 from parallel.pipeline.p2p import Message
 
 
@@ -135,7 +135,8 @@ class Handover:
         self._incoming: dict[int, _Incoming] = {}
         self.most_waiting = 0
         """Tensors made here that have waited for their use at once, at most."""
-        connect(self._open(routes), mesh)
+        self._channels = self._open(routes)
+        connect(self._channels, mesh)
 
     @property
     def num_waiting(self) -> int:
@@ -211,14 +212,13 @@ class Handover:
         self._pool.give(buffer)
 
     def close(self) -> None:
-        """Let go of the process groups; nothing may wait here. Collectives: none."""
+        """Let go of the process groups; nothing may wait here. Collectives: those of `disconnect`."""
         assert self.is_settled and not self._here, "tensors wait in a handover that is closed"
         for target, channel in self._outgoing.items():
             with self.mesh.activity.waiting(f"stage {target} to take its hidden states"):
                 channel.finish()
-        for channel in (*self._outgoing.values(), *self._incoming.values()):
-            dist.destroy_process_group(channel.group)
-        self._outgoing, self._incoming = {}, {}
+        disconnect(self._channels)
+        self._channels, self._outgoing, self._incoming = [], {}, {}
 
     def _open(self, routes: Sequence[Route]) -> list[tuple[int, Channel]]:
         """Make the channels of all routes; return this rank's in the order of all, with the ranks at their other ends."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,6 +147,11 @@ class CudaLanes:
         return event
 
 
+@cache
 def lanes_of(device: torch.device) -> HostLanes | CudaLanes:
-    """Return the lanes of a device."""
+    """Return the lanes of a device, the same ones for everyone.
+
+    Streams are few, and given out again when there are no more, so that work that must not wait could come behind what waits; and
+    each has its own part of the device's cached memory.
+    """
     return CudaLanes(device) if device.type == "cuda" else HostLanes()

@@ -2,7 +2,9 @@
 
 Decides: one process group for each directed edge and each kind of traffic (student forward, student backward, teacher),
 so that a message that is late never blocks another kind; sends return at once; receives are posted ahead in the plan's
-order, `window` per channel, first in first out, into buffers that are used again. Shapes and dtypes are known beforehand,
+order, `window` per channel, first in first out, into buffers that are used again. On a GPU they are posted when they are due: a
+receive is a kernel there that spins on multiprocessors until the message comes, and while it does, whatever waits for the whole
+device (a library, the loading of a kernel) would wait for a message that depends on it. Shapes and dtypes are known beforehand,
 so there is no handshake, and what arrives is checked by the plan's order alone. Groups are made and touched when the
 object is built. Neighbouring stages on one rank hand tensors over without a message.
 
@@ -13,20 +15,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.activity import Doing
-from parallel.collectives import all_reduce_
+from parallel.collectives import all_reduce_, gather_objects
 from parallel.mesh import Mesh, new_group
 from parallel.pipeline.actions import RECVS, SENDS, TRAFFIC_OF, Action, Kind
 from parallel.pipeline.buffers import BufferPool
-from parallel.pipeline.connect import Channel, connect
+from parallel.pipeline.connect import Channel, connect, disconnect
+from parallel.pipeline.ends import Incoming, Outgoing
 
 _HOP = {Kind.F: +1, Kind.B: -1, Kind.K: +1}
 """What travels -> where the stage is that needs it."""
@@ -40,71 +43,6 @@ class Message:
     dtype: torch.dtype
 
 
-@dataclass
-class _Outgoing:
-    """The sending end of a directed edge for one kind of traffic; keeps what is sent until it has been received.
-
-    A gloo send says that it is complete only to who waits for it, and waiting must not hold up compute. So a send is
-    waited for when it is known to have been received (`acknowledge`). A GPU's may be asked.
-
-    Args:
-        peer: the other rank's number in the group.
-        target: its world rank.
-    """
-
-    peer: int
-    target: int
-    group: dist.ProcessGroup
-    under_way: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
-    num_settled: int = 0
-    """Sends of all lists so far that are done with."""
-    before: int = 0
-    """Messages that the peer has received in the lists before this one."""
-
-    def start(self, tensor: Tensor) -> dist.Work:
-        """Start sending a contiguous tensor, which the caller keeps."""
-        # The group's own call: `dist.isend` looks ranks up at every message.
-        return self.group.send([tensor], self.peer, 0)
-
-    def send(self, tensor: Tensor) -> None:
-        """Start sending a contiguous tensor, and keep it."""
-        self.under_way.append((self.start(tensor), tensor))
-        while self.under_way and tensor.is_cuda and self.under_way[0][0].is_completed():
-            self._settle_one()
-
-    def acknowledge(self, count: int) -> None:
-        """Let go of what the peer has received: `count` messages of this list and all of those before."""
-        while self.under_way and self.num_settled < self.before + count:
-            self._settle_one()
-
-    def finish(self) -> None:
-        """Wait until all that was sent has been received."""
-        while self.under_way:
-            self._settle_one()
-
-    def _settle_one(self) -> None:
-        work, _ = self.under_way.popleft()
-        self.num_settled += 1
-        # Raises what went wrong.
-        work.wait()
-
-
-@dataclass
-class _Incoming:
-    """The receiving end of a directed edge for one kind of traffic; `peer` is the other rank's number in the group."""
-
-    peer: int
-    source: int
-    """World rank of the peer."""
-    group: dist.ProcessGroup
-    awaited: deque[Action] = field(default_factory=deque)
-    posted: deque[tuple[Action, Tensor, dist.Work]] = field(default_factory=deque)
-
-    def start(self, buffer: Tensor) -> dist.Work:
-        """Start receiving into a contiguous tensor."""
-        return self.group.recv([buffer], self.peer, 0)
-
-
 Key = tuple[Kind, int, int]
 """(what travels, stage, micro-batch)"""
 
@@ -116,14 +54,20 @@ class Links:
         mesh: the pp axis decides the neighbours.
         messages: kind of traffic (F, B, K) -> shape and dtype; kinds left out do not travel.
         num_stages: stages of the student, a multiple of pp; as many as ranks by default. The teacher has one a rank.
-        window: receives posted ahead on each channel.
+        window: receives posted ahead on each channel; None: two on a CPU, none on a GPU.
     Collectives: creates the groups of all edges, in one order on all ranks; sends one element over this rank's.
     """
 
     def __init__(
-        self, mesh: Mesh, messages: dict[Kind, Message], *, num_stages: int | None = None, window: int = 2
+        self,
+        mesh: Mesh,
+        messages: dict[Kind, Message],
+        *,
+        num_stages: int | None = None,
+        window: int | None = None,
     ) -> None:
-        self.mesh, self.messages, self.window = mesh, messages, window
+        self.mesh, self.messages = mesh, messages
+        self.window = (2 if mesh.device.type == "cpu" else 0) if window is None else window
         self._num_stages = {Kind.F: num_stages or mesh.pp.size, Kind.K: mesh.pp.size}
         self._num_stages[Kind.B] = self._num_stages[Kind.F]
         # Kinds may run on streams of their own, and must not pass memory to each other unseen.
@@ -131,11 +75,12 @@ class Links:
         self._inbox: dict[Key, Tensor] = {}
         self._outbox: dict[Key, Tensor] = {}
         self._loans: dict[Key, Tensor] = {}
-        self._outgoing: dict[Kind, _Outgoing] = {}
+        self._outgoing: dict[Kind, Outgoing] = {}
         self._told: dict[Action, Counter[Kind]] = {}
         self._expected: Counter[Kind] = Counter()
-        self._incoming: dict[Kind, _Incoming] = {}
-        connect(self._open(), mesh)
+        self._incoming: dict[Kind, Incoming] = {}
+        self._channels = self._open()
+        connect(self._channels, mesh)
 
     @property
     def num_buffers(self) -> int:
@@ -148,12 +93,29 @@ class Links:
         return not (self._inbox or self._outbox or self._loans)
 
     def close(self) -> None:
-        """Let go of the process groups; nothing may be under way. Collectives: none."""
+        """Let go of the process groups; nothing may be under way. Collectives: those of `disconnect`."""
         assert self.is_empty, "tensors wait in links that are closed"
         self.finish()
-        for channel in (*self._outgoing.values(), *self._incoming.values()):
-            dist.destroy_process_group(channel.group)
-        self._outgoing, self._incoming = {}, {}
+        disconnect(self._channels)
+        self._channels, self._outgoing, self._incoming = [], {}, {}
+
+    def drop(self) -> None:
+        """Receive and forget what was sent ahead, so that nothing is under way; what was announced has been received.
+
+        Collectives: a gather over the world; then what was sent here, a message at a time.
+        """
+        here = self.mesh.world.rank
+        mine = {(kind, channel.target): channel.num_sent for kind, channel in self._outgoing.items()}
+        sent = gather_objects(mine, self.mesh.world)
+        for kind, channel in self._incoming.items():
+            message = self.messages[kind]
+            buffer = self._pools[kind].take(message.shape, message.dtype)
+            while channel.num_received < sent[channel.source][kind, here]:
+                with self._waiting("what was sent ahead", channel):
+                    channel.start(buffer).wait()
+                channel.num_received += 1
+            self._pools[kind].give(buffer)
+        self.finish()
 
     def _open(self) -> list[tuple[int, Channel]]:
         """Make the channels of all edges; return this rank's in the order of all, with the ranks at their other ends."""
@@ -170,14 +132,14 @@ class Links:
                     group = new_group(sorted((source, target)), self.mesh.activity)
                     if here == source:
                         peer = dist.get_group_rank(group, target)
-                        self._outgoing[kind] = _Outgoing(peer, target, group)
+                        self._outgoing[kind] = Outgoing(peer, target, group)
                         mine.append((target, self._outgoing[kind]))
                     if here == target:
-                        self._incoming[kind] = _Incoming(dist.get_group_rank(group, source), source, group)
+                        self._incoming[kind] = Incoming(dist.get_group_rank(group, source), source, group)
                         mine.append((source, self._incoming[kind]))
         return mine
 
-    def _waiting(self, what: str, channel: _Incoming) -> Doing:
+    def _waiting(self, what: str, channel: Incoming) -> Doing:
         """Return the context of waiting for a channel's other end."""
         return self.mesh.activity.waiting(what, (channel.source,))
 
@@ -287,18 +249,25 @@ class Links:
             self._post(kind)
 
     def _post(self, kind: Kind) -> None:
-        channel, message = self._incoming[kind], self.messages[kind]
+        channel = self._incoming[kind]
         while channel.awaited and len(channel.posted) < self.window:
-            buffer = self._pools[kind].take(message.shape, message.dtype)
-            channel.posted.append((channel.awaited.popleft(), buffer, channel.start(buffer)))
+            self._post_one(kind)
+
+    def _post_one(self, kind: Kind) -> None:
+        channel, message = self._incoming[kind], self.messages[kind]
+        buffer = self._pools[kind].take(message.shape, message.dtype)
+        channel.posted.append((channel.awaited.popleft(), buffer, channel.start(buffer)))
 
     def _receive(self, action: Action) -> None:
         kind = TRAFFIC_OF[action.kind]
         channel = self._incoming[kind]
+        if not channel.posted:
+            self._post_one(kind)
         expected, buffer, work = channel.posted.popleft()
         assert expected == action, f"{action}: {expected} is next on the channel"
         with self._waiting(f"a message from stage {action.stage - _HOP[kind]}", channel):
             work.wait()
+        channel.num_received += 1
         self._post(kind)
         self._inbox[kind, action.stage, action.microbatch] = buffer
         for sent, count in self._told.get(action, {}).items():

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from parallel.mesh import Mesh
-from parallel.pipeline import p2p
 from parallel.pipeline.actions import Kind, parse
 from parallel.pipeline.buffers import ALIGNMENT_BYTES
+from parallel.pipeline.ends import Outgoing
 from parallel.pipeline.p2p import Links, Message
 from tests.workers import run_distributed
 
@@ -63,13 +63,13 @@ def _posted(links: Links, kind: Kind) -> list[int]:
 def _connect_where_a_send_waits(num_ranks: int) -> list[bool]:
     """As NCCL does at its first call on a channel: a send comes back when the other end receives."""
 
-    def start(channel: p2p._Outgoing, tensor: torch.Tensor) -> torch.distributed.Work:
+    def start(channel: Outgoing, tensor: torch.Tensor) -> torch.distributed.Work:
         work = channel.group.send([tensor], channel.peer, 0)
         work.wait()
         return SimpleNamespace(wait=lambda: None)
 
     mesh = Mesh.create(pp=num_ranks, dp=1, tp=1)
-    with mock.patch.object(p2p._Outgoing, "start", start):
+    with mock.patch.object(Outgoing, "start", start):
         found = [Links(mesh, MESSAGES), Links(mesh, MESSAGES, num_stages=2 * num_ranks)]
     return [links.is_empty for links in found]
 
@@ -77,6 +77,44 @@ def _connect_where_a_send_waits(num_ranks: int) -> list[bool]:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_connections_are_made_one_after_the_other(num_ranks: int) -> None:
     assert run_distributed(num_ranks, _connect_where_a_send_waits, num_ranks) == [[True, True]] * num_ranks
+
+
+def _close_where_destroying_waits(num_ranks: int) -> bool:
+    """As NCCL does: a group is destroyed when its other rank destroys it too."""
+
+    def destroy(group: torch.distributed.ProcessGroup) -> None:
+        group.allreduce([torch.ones(1)]).wait()
+
+    mesh = Mesh.create(pp=num_ranks, dp=1, tp=1)
+    for links in (Links(mesh, MESSAGES), Links(mesh, MESSAGES, num_stages=2 * num_ranks)):
+        with mock.patch("torch.distributed.destroy_process_group", destroy):
+            links.close()
+    return True
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_groups_are_let_go_of_one_after_the_other(num_ranks: int) -> None:
+    assert run_distributed(num_ranks, _close_where_destroying_waits, num_ranks) == [True] * num_ranks
+
+
+def _posted_when_due() -> None:
+    """As on a GPU: a receive is posted where it is waited for, and what was sent ahead is dropped in the end."""
+    mesh = Mesh.create(pp=2, dp=1, tp=1)
+    links = Links(mesh, MESSAGES, window=0)
+    if mesh.pp.is_first:
+        _announce(links, ["0SEND_F0", "0SEND_K0", "0SEND_K1", "0SEND_F1"])
+        for kind, index in ((Kind.F, 0), (Kind.K, 0), (Kind.K, 1), (Kind.F, 1)):
+            _put(links, kind, index)
+            _run(links, f"0SEND_{kind}{index}")
+    else:
+        _announce(links, ["1RECV_F0", "1RECV_K0", "1RECV_F1"])
+        for kind, index in ((Kind.F, 0), (Kind.K, 0), (Kind.F, 1)):
+            assert not _posted(links, kind)
+            _run(links, f"1RECV_{kind}{index}")
+            assert _took(links, kind, index, source=0)
+    links.drop()
+    assert not links.num_under_way
+    links.close()
 
 
 def _window_and_order() -> None:
@@ -205,6 +243,7 @@ def _latency() -> None:
 
 def _two_ranks() -> None:
     for check in (
+        _posted_when_due,
         _window_and_order,
         _late_kinds_do_not_block_others,
         _sent_in_one_list_received_in_the_next,
