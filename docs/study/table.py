@@ -29,29 +29,28 @@ TABLES = {
     "Moments over a cut": (61_440, ("moments-kept", "moments-reset")),
 }
 """Title -> training tokens (rows times their length) after which students are compared, and the students."""
-GROUPS = {
-    "temperature": ("half-t1", "half", "half-t5", "half-hard"),
-    "alpha": ("half-alpha0", "half", "half-alpha7", "half-hard"),
-    "method": ("half", "half-l1", "half-random"),
-    "other": ("half", "half-two-rounds", "half-hidden", "low-rank", "low-rank-plain", "two-of-four"),
+DEFAULT = "the recipes' default: T 2, alpha 0.3"
+HARD = "hard labels only"
+PICTURES = {
+    "temperature": {"half-t1": "T 1", "half": DEFAULT, "half-t5": "T 5", "half-hard": HARD},
+    "alpha": {
+        "half-alpha0": "alpha 0 (soft loss only)",
+        "half": DEFAULT,
+        "half-alpha7": "alpha 0.7",
+        "half-hard": HARD,
+    },
+    "method": {"half": "cut by activation (default)", "half-l1": "cut by L1", "half-random": "cut at random"},
+    "other": {
+        "half": "20 layers, 576 channels (49 %)",
+        "half-two-rounds": "the same in two rounds",
+        "half-hidden": "with the hidden-state term",
+        "low-rank": "low rank, whitened",
+        "low-rank-plain": "low rank, plain",
+        "two-of-four": "2:4 sparse (Wanda)",
+        "wide": "896 channels (75 %)",
+    },
 }
-"""Picture -> the students in it."""
-NAMES = {
-    "half": "T 2, alpha 0.3 (the recipes' default)",
-    "half-hard": "hard labels only",
-    "half-t1": "T 1",
-    "half-t5": "T 5",
-    "half-alpha0": "alpha 0 (soft loss only)",
-    "half-alpha7": "alpha 0.7",
-    "half-two-rounds": "two rounds, 75 % then 49 %",
-    "half-l1": "cut by L1",
-    "half-random": "cut at random",
-    "half-hidden": "with the hidden-state term",
-    "low-rank": "low rank, whitened",
-    "low-rank-plain": "low rank, plain",
-    "two-of-four": "2:4 sparse (Wanda)",
-}
-"""How a picture calls a student; others have their own names."""
+"""Picture -> the students in it, and what it calls them."""
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -87,18 +86,16 @@ def table(results: dict[str, dict[str, Any]], names: tuple[str, ...], budget: in
     return "\n".join(rows)
 
 
-def draw(file: Path, results: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
+def draw(file: Path, results: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
     """Draw held-out loss and KL over the tokens, one line a student, the teacher as a level."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), sharex=True)
-    for name in names:
+    for name, label in names.items():
         if name not in results:
             continue
         lines = [line for line in judged(results[name]) if line["step"]]
         tokens = [line["step"] * run.STEP / 1000 for line in lines]
         for panel, key in zip(panels, ("eval/loss", "eval/kl"), strict=True):
-            panel.plot(
-                tokens, [line[key] for line in lines], marker="o", markersize=4, label=NAMES.get(name, name)
-            )
+            panel.plot(tokens, [line[key] for line in lines], marker="o", markersize=4, label=label)
     some = next(iter(results.values()))["evaluations"]
     level = next(line["eval/loss"] for line in some if line["model"] == "teacher")
     panels[0].axhline(level, color="0.4", linestyle="--", linewidth=1)
@@ -124,9 +121,9 @@ def main() -> None:
     results = load()
     for title, (budget, names) in TABLES.items():
         print(f"{title}, after {budget:,} tokens:\n\n{table(results, names, budget)}\n")
-    for group, names in GROUPS.items():
+    for picture, names in PICTURES.items():
         if any(name in results for name in names):
-            draw(FOLDER / f"{group}.svg", results, names)
+            draw(FOLDER / f"{picture}.svg", results, names)
 
 
 if __name__ == "__main__":
