@@ -8,6 +8,7 @@ that no rank waits for this one meanwhile. Does not judge whether a task makes s
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,6 +48,8 @@ def judge_folder(
         ConfigError: lm_eval does not know the task, or fails; the model needs code that nobody trusts.
     """
     trusts = may_run_code(model, trust_remote_code=trust_remote_code)
+    if device == "cuda":
+        _free_memory()
     found = {}
     for task in tasks:
         print(f"lm_eval judges {model} by {task} ...", flush=True)
@@ -56,6 +59,15 @@ def judge_folder(
             break
         found[task] = figures
     return found
+
+
+def _free_memory() -> None:
+    """Give what this process keeps of its GPU's memory back, for the program that comes."""
+    import torch
+
+    # Models are in cycles.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def may_run_code(model: Path, *, trust_remote_code: bool) -> bool:
