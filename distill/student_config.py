@@ -17,7 +17,7 @@ class Prune:
     depth_method: str | None = None
     """How layers are scored: `block_influence`, `leave_one_out` (a forward pass for each layer) or `random`; null is what `method` gives."""
     pruning_ratio: float = 0.4
-    """Share of the feed-forward channels to remove where no size and no `target_params` is set; 0 removes none."""
+    """Share of the feed-forward channels to remove where no size and no `target_params` is set, also beside `low_rank` and `sparsity`; 0 removes none."""
     min_channels: int = 8
     """Fewest feed-forward channels a layer keeps."""
     num_layers: int | None = None

@@ -20,6 +20,7 @@ import torch
 
 from distill.companions import companions
 from distill.config import Config
+from distill.evaluate import num_parameters
 from distill.health import Health, watched
 from distill.loading import Models, find_models, first_rank_does
 from distill.metrics import RunLog
@@ -289,11 +290,16 @@ def _device(mesh: Mesh) -> str:
 
 
 def _say_start(running: Running, session: Session) -> None:
+    """Say what is trained from what, on what. Collectives: those of `num_parameters`, twice."""
     config, progress = running.settings, running.progress
     size = running.mesh.world.size
+    teacher, student = (
+        f"{num_parameters(stages, running.mesh) / 1e6:.4g} M parameters"
+        for stages in ([session.teacher], session.students)
+    )
     running.log.say(
-        f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers; student: "
-        f"{session.student_config.num_hidden_layers} layers; {session.corpus.train.num_rows:,} rows of {config.data.seq_len} "
+        f"{running.words}{config.teacher.model}: {session.models.teacher_config.num_hidden_layers} layers, {teacher}; student: "
+        f"{session.student_config.num_hidden_layers} layers, {student}; {session.corpus.train.num_rows:,} rows of {config.data.seq_len} "
         f"tokens to train on, {session.num_held_out:,} held out; on {size} process{'es' if size > 1 else ''} "
         f"({_device(running.mesh)})"
     )

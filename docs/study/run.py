@@ -78,7 +78,11 @@ STUDENTS: dict[str, dict[str, object]] = {
     "half-hidden": HALF | {"loss.hidden.weight": 1, "loss.hidden.projection": "none"},
     "low-rank": {"student.low_rank.ratio": 0.58},
     "low-rank-plain": {"student.low_rank.ratio": 0.58, "student.low_rank.whiten": "false"},
-    "two-of-four": {"student.sparsity.method": "wanda", "student.sparsity.pattern": "'2:4'"},
+    "two-of-four": {
+        "student.prune.pruning_ratio": 0,
+        "student.sparsity.method": "wanda",
+        "student.sparsity.pattern": "'2:4'",
+    },
     "wide": WIDE,
     "wide-hard": WIDE | {"loss.alpha": 1},
     "half-again": HALF | AGAIN,

@@ -318,7 +318,8 @@ def test_a_round_is_cut_anew_when_the_one_before_goes_another_way(
 def test_the_student_of_a_round_teaches_the_next(inputs: Inputs, tmp_path: Path) -> None:
     done = call(distill.COMMAND, settings(inputs, tmp_path, ASSISTANT))
     finished(done)
-    assert f"round 1: {tmp_path / 'round-0'}: 3 layers; student: 2 layers" in done.out
+    assert f"round 1: {tmp_path / 'round-0'}: 3 layers, " in done.out
+    assert "; student: 2 layers, " in done.out
     assert len(metrics(tmp_path)) == 2 * STEPS
     _, provenance = load_kept(tmp_path / "student")
     assert provenance["teacher"] == str(inputs.teacher), "cuts count the units of the first round's teacher"
