@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 from dataclasses import replace
 
@@ -76,7 +75,7 @@ def _run(cases: list[Case], folders: dict[str, str], references: dict[str, Traje
 
 @pytest.mark.parametrize(
     "layout",
-    [each for each in LAYOUTS if each not in ((1, 1, 4), (1, 4, 1), (4, 1, 1), (1, 2, 2))],
+    [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)],
     ids=layout_name,
 )
 def test_every_layout(
@@ -89,8 +88,8 @@ def test_every_layout(
         Case(*layout, "1f1b", "batch", "tied", 1),
         Case(*layout, "gpipe", "inline", "untied", 2),
     ]
-    # Collectives of four processes on two cores take their time.
-    _run(cases[:2] if math.prod(layout) == 4 else cases, folders, references)
+    # Sums over tp take their time on two cores; all cases of all layouts are below.
+    _run(cases[:2] if layout[2] > 1 else cases, folders, references)
 
 
 @pytest.mark.slow
@@ -126,6 +125,7 @@ def test_linears_in_two_factors(layout: tuple[int, int, int], folders: dict[str,
         Case(*layout, "zero_bubble", "inline", "factored", 2, recompute="selective"),
         Case(*layout, "gpipe", "inline", "factored", 2, recompute="full"),
     ]
+    cases = cases[1:3] if layout[2] > 1 else cases
     students = {case.student for case in cases}
     _run(cases, folders, {student: run_reference(student, folders) for student in students})
 

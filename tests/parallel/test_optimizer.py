@@ -407,7 +407,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_tiny(root / name, config) for name, config in STUDENTS.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_equals_one_process(
     world_size: int, folders: dict[str, Path], references: dict[str, Outcome]
 ) -> None:
