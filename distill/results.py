@@ -12,7 +12,6 @@ from distill.loading import DTYPES
 from distill.metrics import RunLog
 from distill.rounds import STUDENT_FOLDER, Progress, rounds_of
 from distill.session import Session
-from parallel.factored import ranks_of
 from parallel.mesh import Mesh
 
 
@@ -42,8 +41,7 @@ def export_round(
             settings,
             summary,
             origin=session.models.origin,
-            factored=bool(ranks_of(session.student_config)),
-            layerwise=session.student_config.is_heterogeneous,
+            model_config=session.student_config,
         )
     export_student(
         session.students,

@@ -24,7 +24,6 @@ from distill.rounds import STUDENT_FOLDER, Lineage, lineage_of, rounds_of
 from distill.rows import Corpus, load_corpus, tell_text
 from distill.session import links_of, measure_inputs, shape_student
 from distill.sparsity import sparsify
-from parallel.factored import ranks_of
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.optimizer import LearningRate, StageOptimizer
@@ -100,8 +99,7 @@ def _finish(
             config,
             summary,
             origin=models.origin,
-            factored=bool(ranks_of(student_config)),
-            layerwise=student_config.is_heterogeneous,
+            model_config=student_config,
         ),
         dtype=DTYPES[config.train.dtype],
         merge_factors=config.export.low_rank == "merged",

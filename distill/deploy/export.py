@@ -119,8 +119,7 @@ def model_card(
     summary: Mapping[str, Any],
     *,
     origin: str,
-    factored: bool = False,
-    layerwise: bool = False,
+    model_config: PretrainedConfig,
 ) -> str:
     """Return the model card: where the student comes from, how it was trained, what it reaches.
 
@@ -129,8 +128,7 @@ def model_card(
         summary: of the run, with `tokens` and its `table`; or with the `step` that it has come to; with neither the student
             has not been trained.
         origin: the model that the student was cut out of, as the settings name it; the kept indices count its units.
-        factored: whether linears are in two factors.
-        layerwise: whether layers differ in width.
+        model_config: the student's, as it is trained.
     """
     prune = config.student.prune
     cut = (
@@ -142,8 +140,8 @@ def model_card(
     if "sparsity" in summary:
         share, pattern = summary["sparsity"]["share"], summary["sparsity"]["pattern"]
         zeros = f" {share:.1%} of the weights of the layers' linears are zero ({pattern}), in dense tensors."
-    notes = [_FACTORS[config.export.low_rank]] if factored else []
-    notes += [_LAYERWISE] if layerwise else []
+    notes = [_FACTORS[config.export.low_rank]] if ranks_of(model_config) else []
+    notes += [_LAYERWISE] if model_config.is_heterogeneous else []
     lines = [
         "---",
         "library_name: transformers",

@@ -181,8 +181,7 @@ def _card(source: _Source, *, low_rank: str) -> str:
         settings,
         summary,
         origin=_origin(source),
-        factored=bool(ranks_of(source.model_config)),
-        layerwise=source.model_config.is_heterogeneous,
+        model_config=source.model_config,
     )
 
 
