@@ -1,34 +1,29 @@
-"""Read the documents of a corpus and part them into training and held-out text.
+"""Read the documents of a corpus.
 
-Decides: what one document is (a topic of `pydoc`, a .txt file, a record of JSONL, parquet or a hub data set), and which
-documents are held out: by a hash of their content, so that neither their order nor the rank nor the run's seed matters (a
-student is never judged on what another run, such as its teacher's, has trained on), and two equal documents never end up on
-both sides. Reading is done by `datasets`, whose Arrow files are memory-mapped: a corpus may be
-larger than memory. Assumes UTF-8. Does not tokenise.
+Decides what one document is: a topic of `pydoc`, a .txt file, a record of JSONL, parquet or a hub data set. Reading is done by
+`datasets`, whose Arrow files are memory-mapped: a corpus may be larger than memory. Assumes UTF-8. Does not tokenise.
 """
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distill.config import ConfigError, Data
 from distill.convert import show
 from distill.documents import json_documents, text_documents
+from distill.failures import RunFailed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Part = Literal["train", "held_out"]
 PYDOC = "pydoc"
-_NEAR = 0.5
-"""How far before the place asked for a text may be cut, in parts of what is held out."""
-_SALT = b"0 "
-"""Decides what is held out. With another one, students trained before would be judged on what they have read."""
+_MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What does not pass of itself."""
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _WANTS = "a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or the word pydoc"
 
@@ -43,15 +38,16 @@ def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) 
         show_progress: show its progress bars.
     Raises:
         ConfigError: nothing there, an unknown text_field, a record without text (file and line), no text at all, a file that
-            has gone or cannot be read.
+            has gone or may not be read.
+        RunFailed: a file cannot be read here and now, or the hub gives no answer, which may pass.
     """
     try:
         return _read_documents(data, cache_dir, show_progress)
     except OSError as error:
-        raise ConfigError(
-            f"data.path: {error.filename or data.path} cannot be read ({error.strerror or error}); it must stay where it is "
-            "while it is read"
-        ) from error
+        words = f"data.path: {error.filename or data.path} cannot be read ({error.strerror or error})"
+        if isinstance(error, _MISTAKES):
+            raise ConfigError(f"{words}; it must stay where it is while it is read") from error
+        raise RunFailed(f"{words}; the same command tries again") from error
 
 
 def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset:
@@ -84,6 +80,33 @@ def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset
     return whole.select(visible)
 
 
+def corpus_files(data: Data) -> list[tuple[str, int, int]] | None:
+    """Return the files that `data.path` names, each with its size in bytes and the time of its last change in ns.
+
+    The list is in the order in which they are read, with a line for where each entry of `data.path` ends. None: an entry is
+    nothing on this disk, such as a hub data set, or cannot be looked at.
+    """
+    try:
+        return _corpus_files(data)
+    except OSError:
+        return None
+
+
+def _corpus_files(data: Data) -> list[tuple[str, int, int]] | None:
+    found: list[tuple[str, int, int]] = []
+    for path in [data.path] if isinstance(data.path, str) else data.path or ():
+        if path == PYDOC:
+            found.append((f"{PYDOC} {sys.version}", 0, 0))
+        else:
+            files = _files(Path(path).expanduser())
+            if files is None:
+                return None
+            stamps = zip(files, _stamp(files), strict=True)
+            found += [(str(file.resolve()), size, changed) for file, (size, changed) in stamps]
+        found.append(("", 0, 0))
+    return found
+
+
 def skipped_line(data: Data) -> str:
     """Return a line about the files in folders of `data.path` whose suffix is not read; empty where there are none."""
     paths = [data.path] if isinstance(data.path, str) else data.path or ()
@@ -103,57 +126,6 @@ def skipped_line(data: Data) -> str:
     )
 
 
-def select_part(documents: Dataset, *, part: Part, held_out_fraction: float) -> Dataset:
-    """Return the documents of one part, in their order; the parts share no document and leave none out.
-
-    Documents are held out in the order of their hash while they fit into `held_out_fraction` of all characters (one
-    that does not fit is passed over; the shortest is held out if none fits). Of a corpus of one document the end is held out,
-    cut off near the place asked for, at a blank line or a line's end where one is near.
-
-    Args:
-        documents: a data set with a column `text`.
-        part: which side.
-        held_out_fraction: share of the characters to hold out, 0 up to but not including 1; 0 holds out nothing.
-    """
-    if held_out_fraction > 0 and len(documents) == 1:
-        train, held_out = _cut_in_two(documents["text"][0], held_out_fraction)
-        text = train if part == "train" else held_out
-        return type(documents).from_dict({**documents.to_dict(), "text": [text]})
-    digests: list[bytes] = []
-    sizes: dict[bytes, int] = {}
-    for text in documents["text"]:
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        digests.append(digest)
-        sizes[digest] = sizes.get(digest, 0) + len(text)
-    held_out = _choose(sizes, held_out_fraction)
-    return documents.select([i for i, d in enumerate(digests) if (d in held_out) == (part == "held_out")])
-
-
-def _choose(sizes: dict[bytes, int], fraction: float) -> set[bytes]:
-    """Choose the contents to hold out, by their sizes in characters."""
-    if fraction <= 0 or len(sizes) < 2:
-        return set()
-    budget = fraction * sum(sizes.values())
-    chosen: set[bytes] = set()
-    for digest in sorted(sizes, key=lambda content: hashlib.blake2b(_SALT + content).digest()):
-        if sizes[digest] <= budget:
-            chosen.add(digest)
-            budget -= sizes[digest]
-    return chosen or {min(sizes, key=lambda content: (sizes[content], content))}
-
-
-def _cut_in_two(text: str, fraction: float) -> tuple[str, str]:
-    """Cut a text at a blank line near the place asked for, else at a line's end there, else just there."""
-    cut = max(1, int(len(text) * (1 - fraction)))
-    # Further away would hold out another share of the text than was asked for.
-    nearest = cut - int(_NEAR * fraction * len(text))
-    for end in ("\n\n", "\n"):
-        place = text.rfind(end, max(0, nearest), cut)
-        if place > 0:
-            return text[: place + len(end)], text[place + len(end) :]
-    return text[:cut], text[cut:]
-
-
 def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
     """Return the data sets behind one path, each with the one column `text`."""
     if path == PYDOC:
@@ -163,16 +135,15 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
 
         return [Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})]
     place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-    elif place.is_file():
-        files = [place]
-        if place.suffix not in _SUFFIXES:
-            raise ConfigError(f"data.path={path} is a {place.suffix or 'nameless'} file; give {_WANTS}")
-    elif path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1:
+    files = _files(place)
+    if files is None and (
+        path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1
+    ):
         raise ConfigError(f"data.path={path} does not exist; give {_WANTS}")
-    else:
+    if files is None:
         return [_from_hub(path, field, cache_dir)]
+    if files == [place] and place.suffix not in _SUFFIXES:
+        raise ConfigError(f"data.path={path} is a {place.suffix or 'nameless'} file; give {_WANTS}")
     plain = [file for file in files if file.suffix == ".txt"]
     records = [file for file in files if file.suffix != ".txt" and file.stat().st_size]
     sets = [
@@ -187,6 +158,13 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
         whole = {"files": texts, "stamp": _stamp(plain)}
         sets.insert(0, _generated(text_documents, cache_dir, writer_batch_size=1, **whole))
     return sets
+
+
+def _files(place: Path) -> list[Path] | None:
+    """Return a file, or those of a folder that are read, in order; None where there is neither."""
+    if place.is_dir():
+        return sorted(file for file in place.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+    return [place] if place.is_file() else None
 
 
 def _generated(
@@ -267,14 +245,18 @@ def _from_hub(path: str, field: str, cache_dir: Path) -> Dataset:
             f"data.path={path} is neither a local path nor a data set on the hub; give {_WANTS}"
         ) from error
     except (httpx.HTTPError, OSError) as error:
-        raise ConfigError(
+        raise RunFailed(
             f"data.path={path} is not a local path, and the hub gave no answer ({error}); check the id and the network, "
             f"set HF_HUB_OFFLINE=1 to use a cached copy, or give {_WANTS}"
         ) from error
     try:
         dataset = load_dataset(name, subset or None, split="train", cache_dir=str(cache_dir))
-    except (ValueError, OSError, DatasetGenerationError) as error:
+    except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
         raise ConfigError(f"data.path={path} cannot be loaded from the hub: {error}") from error
+    except (httpx.HTTPError, OSError) as error:
+        raise RunFailed(
+            f"data.path={path} cannot be loaded from the hub now ({error}); the same command tries again"
+        ) from error
     return _text_column(dataset, field, path)
 
 

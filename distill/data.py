@@ -1,9 +1,9 @@
 """Serve packed rows of text as micro-batches, as a pure function of the step.
 
-Decides: which rows make up the global batch of a step, and who gets which of them. Step s takes positions s*G to s*G + G - 1
-of an endless stream of rows (`distill.stream`). So resuming needs the step number only, looking ahead is free, and the tokens of a step do not depend on the mesh: the batch is cut into contiguous
-shares over dp, each share into micro-batches, and all pp and tp ranks of a replica read the same rows. Reading and
-splitting a corpus is `distill.corpus`, cutting and packing `distill.packing`.
+Decides: which rows make up the global batch of a step, and who gets which of them. Step s of a round takes positions s*G to s*G + G - 1
+of its endless stream of rows (`distill.stream`). So resuming needs the step number only, looking ahead is free, and the tokens of a step do not depend on the mesh: the batch is cut into contiguous
+shares over dp, each share into micro-batches, and all pp and tp ranks of a replica read the same rows. Reading a
+corpus is `distill.corpus`, parting it `distill.held_out`, cutting and packing `distill.packing`.
 
 Letters: B rows of a micro-batch, S positions of a row, R rows of a corpus, G rows of a global batch.
 """
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from distill.config import ConfigError, Data
-from distill.corpus import Part, read_documents, select_part
+from distill.corpus import read_documents
+from distill.held_out import Part, select_part
 from distill.packing import IGNORE, Cutter, Row, Rows, build_rows
+from distill.row_index import RowIndex
 from distill.stream import Beginning, Stream
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def load_rows(
     source: int | None = None,
     show_progress: bool = False,
 ) -> Rows:
-    """Return one part of a corpus as packed rows, tokenised on first use only.
+    """Return one part of a corpus as packed rows; text is read and tokenised on first use only.
 
     Args:
         data: the `data` group of the configuration.
@@ -91,6 +93,10 @@ def load_rows(
         ConfigError: whatever is wrong with `data.*`, or the part holds no document.
     """
     cutter = Cutter.create(tokenizer, seq_len=data.seq_len, split_sentences=data.split_sentences)
+    index = RowIndex(data, cutter, part=part, source=source, cache_dir=cache_dir)
+    found = index.find()
+    if found is not None:
+        return found
     whole = read_documents(data, cache_dir=cache_dir, show_progress=show_progress)
     documents = select_part(whole, part=part, held_out_fraction=data.held_out_fraction)
     if source is not None:
@@ -101,9 +107,11 @@ def load_rows(
             f"{part} part; use a fraction above 0 and below 1, such as 0.1"
         )
     label = f"{part} text"
-    return build_rows(
+    rows = build_rows(
         documents["text"], cutter, cache_dir=cache_dir, show_progress=show_progress, label=label
     )
+    index.remember(rows)
+    return rows
 
 
 class Batches:
@@ -115,17 +123,15 @@ class Batches:
         *,
         global_batch_size: int,
         microbatch_size: int,
-        first_row: int = 0,
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
         """Share the rows of each step out.
 
         Args:
-            stream: of the training rows, R of them.
+            stream: of the training rows, R of them; step 0 begins it.
             global_batch_size: G, rows in one step over the whole mesh.
             microbatch_size: B, rows in one micro-batch.
-            first_row: place in the endless stream of rows where step 0 begins.
             dp_rank: which share of each global batch.
             dp_size: number of shares.
         Raises:
@@ -145,7 +151,7 @@ class Batches:
         self.global_batch_size = global_batch_size
         self.microbatch_size = microbatch_size
         self.num_microbatches = global_batch_size // (dp_size * microbatch_size)
-        self._share_start = first_row + dp_rank * (global_batch_size // dp_size)
+        self._share_start = dp_rank * (global_batch_size // dp_size)
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a step (counted from 0), in order; depends on nothing but the arguments.

@@ -19,7 +19,7 @@ from distill.evaluate import evaluate
 from distill.levels import Figures, Levels
 from distill.loading import Models, first_rank_does
 from distill.pretrained import load_tokenizer
-from distill.rows import Corpus
+from distill.rows import HeldOut
 from parallel.mesh import Mesh
 from parallel.model import StageModel
 from parallel.pipeline.p2p import Links
@@ -72,17 +72,23 @@ class Judge:
 
     @classmethod
     def create(
-        cls, config: Config, mesh: Mesh, models: Models, corpus: Corpus, tasks: Sequence[Task], links: Links
+        cls,
+        config: Config,
+        mesh: Mesh,
+        models: Models,
+        held_out: HeldOut,
+        tasks: Sequence[Task],
+        links: Links,
     ) -> Self:
         """Deal texts and questions out to the replicas."""
         shape = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size, "seq_len": config.data.seq_len}
         shares = [microbatches(task, microbatch_size=config.train.microbatch_size, **shape) for task in tasks]
-        num_rows = min(config.evaluate.rows, len(corpus.held_out))
+        num_rows = min(config.evaluate.rows, len(held_out.rows))
         return cls(
             mesh=mesh,
             links=links,
-            held_out=corpus.judging(config, mesh),
-            held_out_print=f"{num_rows} rows of {corpus.held_out.folder.name}",
+            held_out=held_out.microbatches(config, mesh),
+            held_out_print=f"{num_rows} rows of {held_out.rows.folder.name}",
             tasks=[
                 (task, [batch.to(mesh.device) for batch in share])
                 for task, share in zip(tasks, shares, strict=True)

@@ -21,6 +21,7 @@ from distill.atomic import build_once, remove_whole
 from distill.config import ConfigError
 from distill.config_file import read_model_config
 from distill.convert_gguf import convert_gguf
+from distill.failures import RunFailed
 from distill.model_shapes import check_shapes
 from distill.weight_files import check_weight_files
 
@@ -53,6 +54,7 @@ def resolve_model(
         The user's own folder, or one in the cache.
     Raises:
         ConfigError: nothing there by that name, or not a whole causal LM in safetensors.
+        RunFailed: the hub gives no answer, which may pass.
     """
     path = Path(name).expanduser()
     if name == EMBEDDED:
@@ -284,7 +286,7 @@ def _fetched(name: str, cache_dir: Path, trust_remote_code: bool, key: str) -> P
             f"{key}={name} is neither a local path nor a model on the hub; give {_WANTS}"
         ) from error
     except (httpx.HTTPError, OSError) as error:
-        raise ConfigError(
+        raise RunFailed(
             f"{key}={name} is not a local path, and the hub gave no answer ({_first_line(error)}); check the id and "
             f"the network, or give {_WANTS}"
         ) from error

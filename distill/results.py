@@ -96,10 +96,11 @@ def result_table(log: RunLog, config: Config, progress: Progress) -> list[dict[s
         start = "pruned" if config.student.model is None or index else "student"
         lines = [line for line in judged if line["model"] == "student" and line["round"] == index]
         trained = [line["step"] for line in log.steps if line["round"] == index]
+        prune_s = sum(progress.prune_s[: index + 1])
         begins = lines[0]["step"] == 0 or (index > 0 and (not trained or lines[0]["step"] < trained[0]))
         if len(lines) > 1 and begins:
-            named.append((f"{words}{start}", lines[0], progress.prune_s))
-        named.append((f"{words}{start} + distilled", lines[-1], progress.prune_s))
+            named.append((f"{words}{start}", lines[0], prune_s))
+        named.append((f"{words}{start} + distilled", lines[-1], prune_s))
     asked = [name for name in named[-1][1] if name.startswith("eval/choices/")]
     return [
         {

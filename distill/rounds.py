@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,24 +112,29 @@ class Progress:
     """Times this round has been trained before (`gate.repeat_until`)."""
     round_step: int = 0
     """Steps done of this training of the round."""
-    rows: int = 0
-    """Rows trained on: where the text goes on."""
+    read: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of rows that trainings before this one have read, by source (`distill.stream`): where the text goes on."""
     tokens: int = 0
     """Valid tokens trained on."""
-    prune_s: float = 0.0
-    """Seconds that making students took."""
+    prune_s: tuple[float, ...] = ()
+    """Seconds that making the student of each round took; those of later rounds may be left out."""
     skipped: int = 0
     """Of the steps, those that changed nothing because a number was not finite."""
     skipped_in_a_row: int = 0
     """Of these, the latest."""
 
-    def after_step(self, *, rows: int, tokens: int, skipped: bool = False) -> Progress:
+    def after_pruning(self, seconds: float) -> Progress:
+        """Return the progress after so many more seconds of making this round's student."""
+        own = [*self.prune_s, *[0.0] * (self.round + 1 - len(self.prune_s))]
+        own[self.round] += seconds
+        return replace(self, prune_s=tuple(own))
+
+    def after_step(self, *, tokens: int, skipped: bool = False) -> Progress:
         """Return the progress one step later."""
         return replace(
             self,
             step=self.step + 1,
             round_step=self.round_step + 1,
-            rows=self.rows + rows,
             tokens=self.tokens + tokens,
             skipped=self.skipped + skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
@@ -146,21 +151,26 @@ class Progress:
         if values.keys() != set(names):
             raise ValueError(f"extras must hold {', '.join(names)} and nothing else")
         for name, value in values.items():
-            whole = type(value) is int and 0 <= value < 2**53
-            seconds = name == "prune_s" and type(value) is float and 0 <= value < math.inf
-            if not whole and not seconds:
-                raise ValueError(f"extras.{name} is {value!r:.40}, which is no number of 0 or more")
+            parts, kinds = [value], (int,)
+            if name == "read" and isinstance(value, dict):
+                parts = list(value.values())
+            elif name == "prune_s" and isinstance(value, list):
+                parts, kinds = value, (int, float)
+            elif name in ("read", "prune_s"):
+                kinds = ()
+            if not all(type(part) in kinds and 0 <= part < 2**53 for part in parts):
+                raise ValueError(f"extras.{name} is {value!r:.40}, which is not made of numbers of 0 or more")
         if values["round_step"] > values["step"]:
             raise ValueError(f"extras.round_step is {values['round_step']}, more than step={values['step']}")
-        return Progress(**values)
+        return Progress(**{**values, "prune_s": tuple(values["prune_s"])})
 
-    def next_round(self) -> Progress:
-        """Return the progress at the first step of the next round."""
-        return replace(self, round=self.round + 1, attempt=0, round_step=0)
+    def next_round(self, read: Mapping[str, int]) -> Progress:
+        """Return the progress at the first step of the next round, where the stream of this one has read so much."""
+        return replace(self, round=self.round + 1, attempt=0, round_step=0, read={**self.read, **read})
 
-    def again(self) -> Progress:
+    def again(self, read: Mapping[str, int]) -> Progress:
         """Return the progress at the first step of the same round's next training."""
-        return replace(self, attempt=self.attempt + 1, round_step=0)
+        return replace(self, attempt=self.attempt + 1, round_step=0, read={**self.read, **read})
 
 
 def may_repeat(gate: Gate, attempt: int) -> bool:

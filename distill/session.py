@@ -5,7 +5,7 @@ Decides the order: the teacher is loaded first, because the student is cut from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +31,10 @@ from distill.lowrank import factorise_student
 from distill.planning import Planner
 from distill.pretrained import load_config
 from distill.rounds import Lineage
-from distill.rows import Corpus, load_corpus
+from distill.rows import Corpus, load_corpus, load_held_out
 from distill.sparsity import InputNorms, Sparsifier, input_norms, sparsify
 from distill.step import DistillationStep, messages
+from distill.stream import Stream
 from distill.student import prune_teacher
 from parallel.mesh import Mesh
 from parallel.model import StageModel
@@ -48,6 +49,8 @@ class Session:
 
     models: Models
     corpus: Corpus
+    text: Stream
+    """The round's rows, from where the trainings before have stopped."""
     teacher: StageModel
     students: list[StageModel]
     """This rank's stages, in ascending order."""
@@ -76,7 +79,7 @@ def open_session(
     lineage: Lineage,
     *,
     judging: Config,
-    first_row: int = 0,
+    read: Mapping[str, int],
     begins: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """Load, cut if needed, and bind everything for training a round.
@@ -86,7 +89,7 @@ def open_session(
         models: what `find_models` has found for it.
         lineage: where its student comes from.
         judging: settings of the run, whose held-out text all rounds are judged by.
-        first_row: place in the stream of rows where the round begins.
+        read: tokens of rows that trainings before this one have read, by source (`Progress.read`).
         begins: told of each phase as it begins.
     Raises:
         ConfigError: a mistake that the corpus or the weights show.
@@ -95,11 +98,11 @@ def open_session(
     begins("reading the text")
     tasks = load_tasks(judging, mesh, models.teacher_folder)
     corpus = load_corpus(config, mesh, models.teacher_folder)
+    text = corpus.train.after(read)
     batches = Batches(
-        corpus.train,
+        text,
         global_batch_size=config.train.global_batch_size,
         microbatch_size=config.train.microbatch_size,
-        first_row=first_row,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
     )
@@ -116,7 +119,7 @@ def open_session(
     students, student_config = load_student(config, mesh, models, trainable=True)
     step, planner = bind_step(config, mesh, models, teacher=teacher, students=students, batches=batches.step)
     same_text = judging.data == config.data
-    held_out = corpus if same_text else load_corpus(judging, mesh, models.teacher_folder)
+    held_out = corpus.held_out if same_text else load_held_out(judging, mesh, models.teacher_folder)
     judging_links = links_of(judging, mesh, models, students, teacher)
     sparsifier = sparsify(
         config,
@@ -127,12 +130,13 @@ def open_session(
     return Session(
         models=models,
         corpus=corpus,
+        text=text,
         teacher=teacher,
         students=students,
         student_config=student_config,
         planner=planner,
         step=step,
-        num_held_out=len(held_out.held_out),
+        num_held_out=len(held_out.rows),
         judge=Judge.create(judging, mesh, models, held_out, tasks, judging_links),
         prune_s=prune_s,
         sparsifier=sparsifier,
@@ -249,7 +253,7 @@ def prune_for(config: Config, mesh: Mesh, models: Models, corpus: Corpus, teache
             teacher_folder=models.origin_folder,
             links=links,
             microbatches=corpus.calibration(config, mesh),
-            judging=corpus.judging(config, mesh, most=JUDGED_ROWS),
+            judging=corpus.held_out.microbatches(config, mesh, most=JUDGED_ROWS),
             target=models.student_folder,
             previous=models.previous_folder,
         )

@@ -1,13 +1,15 @@
 """The endless stream of training rows: which row stands at which position, for ever and in any order of asking.
 
 Decides: every epoch of a source has an order of its own, drawn from the seed, and no state is kept, so that a position is
-all that a run must remember. Sources with weights are mixed in blocks of BLOCK positions, each with the same number of
-rows of every source, in an order of its own; a source runs through its rows at its own pace.
+all that a run must remember within a round. Sources with weights are mixed in blocks of BLOCK positions, each with the same
+number of rows of every source, in an order of its own; a source runs through its rows at its own pace. A round with other
+weights goes on in each source where the rounds before have stopped. Another row length packs the text anew and in another
+order: the same share of an epoch counts as read, so some of its text comes twice and some later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,22 +20,35 @@ from distill.packing import Row, Rows
 
 BLOCK = 1000
 """Positions in which the shares of the sources are kept: to a thousandth."""
+WHOLE = "whole"
+"""Name of the one source without weights; others are named by their place in `data.path`."""
+_MIXING = 0xFFFF
+"""What the order of a block is drawn for; below it stand the orders of the sources."""
 
 
 class Stream:
     """Rows by position.
 
     Args:
-        sources: rows of each source.
+        sources: rows of each source; None for one of weight 0.
         weights: shares of the sources, any positive sum; None: there is one source.
         seed: of every order.
+        read: tokens of rows read before, by source (`read`); none where a source is not named.
     Raises:
         ConfigError: a weight that is too small for a row of a block.
     """
 
-    def __init__(self, sources: Sequence[Rows], weights: Sequence[float] | None, *, seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Rows | None],
+        weights: Sequence[float] | None,
+        *,
+        seed: int,
+        read: Mapping[str, int] | None = None,
+    ) -> None:
         assert weights is not None or len(sources) == 1, "several sources need weights"
-        self._sources, self._seed = sources, seed
+        self._sources, self._weights, self._seed = sources, weights, seed
+        self._names = [WHOLE] if weights is None else [str(index) for index in range(len(sources))]
         self._quotas = None if weights is None else quotas(weights, BLOCK)
         for weight, quota in zip(weights or (), self._quotas or (), strict=True):
             if weight and not quota:
@@ -43,26 +58,40 @@ class Stream:
                 )
         # A step may straddle two epochs or blocks, and the teacher may already be in the next one.
         self._order = lru_cache(maxsize=3 * len(sources))(self._permutation)
+        self._begins = [(read or {}).get(name, 0) // self.seq_len for name in self._names]
         self._mixed = lru_cache(maxsize=3)(self._mix)
 
     @property
     def num_rows(self) -> int:
         """Rows of the sources that are read, each once."""
-        return sum(
-            len(rows)
-            for index, rows in enumerate(self._sources)
-            if self._quotas is None or self._quotas[index]
-        )
+        return sum(len(rows) for rows in self._read_from())
 
     @property
     def seq_len(self) -> int:
         """Tokens of a row."""
-        return self._sources[0].seq_len
+        return self._read_from()[0].seq_len
 
     @property
     def pad_token_id(self) -> int:
         """What fills rows up."""
-        return self._sources[0].pad_token_id
+        return self._read_from()[0].pad_token_id
+
+    def after(self, read: Mapping[str, int]) -> Stream:
+        """Return the same stream where so many tokens of rows have been read before, by source."""
+        return Stream(self._sources, self._weights, seed=self._seed, read=read)
+
+    def read(self, num_rows: int) -> dict[str, int]:
+        """Return how many tokens of rows have been read of each source after the first `num_rows`, those before included."""
+        if self._quotas is None:
+            counts = np.array([num_rows])
+        else:
+            block, place = divmod(num_rows, BLOCK)
+            kinds, _ = self._mixed(block)
+            counts = block * np.array(self._quotas) + np.bincount(kinds[:place], minlength=len(self._names))
+        return {
+            name: (begin + int(count)) * self.seq_len
+            for name, begin, count in zip(self._names, self._begins, counts, strict=True)
+        }
 
     def row(self, position: int) -> Row:
         """Return the row at a position, counted from 0."""
@@ -73,8 +102,13 @@ class Stream:
             source = int(kinds[place])
             index = block * self._quotas[source] + int(ranks[place])
         rows = self._sources[source]
-        epoch, offset = divmod(index, len(rows))
+        epoch, offset = divmod(self._begins[source] + index, len(rows))
         return rows[int(self._order(source, epoch)[offset])]
+
+    def _read_from(self) -> list[Rows]:
+        """Return the sources that rows are read from."""
+        quotas = self._quotas or [BLOCK]
+        return [rows for rows, quota in zip(self._sources, quotas, strict=True) if quota]
 
     def _permutation(self, source: int, epoch: int) -> NDArray[np.int64]:
         return self._generator(epoch, source).permutation(len(self._sources[source]))
@@ -82,7 +116,7 @@ class Stream:
     def _mix(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the source of each position of a block, and which of the block's rows of that source it is."""
         kinds = np.repeat(np.arange(len(self._sources)), self._quotas)
-        kinds = self._generator(block, len(self._sources)).permutation(kinds)
+        kinds = self._generator(block, _MIXING).permutation(kinds)
         ranks = np.zeros(BLOCK, dtype=np.int64)
         for source in range(len(self._sources)):
             ranks[kinds == source] = np.arange(self._quotas[source])

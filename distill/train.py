@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,10 @@ def _open(running: Running, models: Models) -> Session:
             models,
             lineage,
             judging=running.config,
-            first_row=progress.rows - progress.round_step * settings.train.global_batch_size,
+            read=progress.read,
             begins=running.health.begin,
         )
-    running.progress = replace(progress, prune_s=progress.prune_s + session.prune_s)
+    running.progress = progress.after_pruning(session.prune_s)
     if running.newest is not None:
         recut = lineage.made_in == progress.round and not progress.attempt
         take_over(running.newest, settings, session, begins=begins, recut=recut)
@@ -181,10 +181,11 @@ def _round(running: Running, session: Session) -> str:
     session.close()
     if running.unsaved is not None:
         return "unsaved"
+    read = session.text.read(running.progress.round_step * settings.train.global_batch_size)
     if following == "again":
-        running.progress = running.progress.again()
+        running.progress = running.progress.again(read)
     elif following == "next":
-        running.progress = running.progress.next_round()
+        running.progress = running.progress.next_round(read)
     return "end" if following == "end" else "next"
 
 
@@ -263,7 +264,7 @@ def _take_step(running: Running, session: Session) -> bool:
         if session.sparsifier is not None:
             session.sparsifier.advance(round_step)
         running.progress = progress = running.progress.after_step(
-            rows=settings.train.global_batch_size, tokens=stats.num_valid_tokens, skipped=stats.skipped
+            tokens=stats.num_valid_tokens, skipped=stats.skipped
         )
         stopping, peak_bytes = agree(mesh, running.stop)
     log.step(step_metrics(progress, stats, session.planner, peak_bytes), total_steps=running.total_steps)

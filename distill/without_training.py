@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
+from distill.corpus import skipped_line
 from distill.deploy.export import export_student, model_card
 from distill.evaluate import num_parameters
 from distill.judging import Judge, load_tasks
 from distill.loading import DTYPES, Models, find_models, first_rank_does, load_student, load_teacher
 from distill.rounds import STUDENT_FOLDER, Lineage, lineage_of, rounds_of
-from distill.rows import Corpus, load_corpus, tell_text
+from distill.rows import Corpus, load_corpus, load_held_out
 from distill.session import links_of, measure_inputs, shape_student
 from distill.sparsity import sparsify
 from parallel.mesh import Mesh
@@ -153,13 +154,13 @@ def judge_models(config: Config, mesh: Mesh) -> list[dict[str, Any]]:
         config = replace(config, student=replace(config.student, model=config.teacher.model))
     models = find_models(config, mesh)
     tasks = load_tasks(config, mesh, models.teacher_folder)
-    corpus = load_corpus(config, mesh, models.teacher_folder)
-    if mesh.world.is_first:
-        tell_text(corpus, config.data)
+    held_out = load_held_out(config, mesh, models.teacher_folder)
+    if mesh.world.is_first and (line := skipped_line(config.data)):
+        print(line, flush=True)
     teacher = load_teacher(config, mesh, models)
     students = [] if alone else load_student(config, mesh, models, trainable=False)[0]
     links = links_of(config, mesh, models, students, teacher)
-    judge = Judge.create(config, mesh, models, corpus, tasks, links)
+    judge = Judge.create(config, mesh, models, held_out, tasks, links)
     level, known = judge.teacher(teacher)
     if known and mesh.world.is_first:
         print(f"teacher, judged before: its figures are those in {judge.levels.folder}", flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +114,28 @@ def test_why_a_round_is_not_followed_by_the_next() -> None:
 
 
 def test_progress_counts_what_the_next_round_needs() -> None:
-    progress = Progress().after_step(rows=4, tokens=100).after_step(rows=4, tokens=90)
-    assert progress == Progress(step=2, round_step=2, rows=8, tokens=190)
-    assert progress.again() == Progress(step=2, attempt=1, rows=8, tokens=190)
-    assert progress.again().next_round() == Progress(step=2, round=1, rows=8, tokens=190)
+    progress = Progress().after_step(tokens=100).after_step(tokens=90)
+    assert progress == Progress(step=2, round_step=2, tokens=190)
+    again = progress.again({"0": 64, "1": 128})
+    assert again == Progress(step=2, attempt=1, tokens=190, read={"0": 64, "1": 128})
+    # What a round does not read stays where it is.
+    assert again.next_round({"1": 192}) == Progress(step=2, round=1, tokens=190, read={"0": 64, "1": 192})
+    cut = again.after_pruning(1.5)
+    assert cut.prune_s == (1.5,)
+    # A round that cuts nothing takes no time, and one that is begun again adds to its own.
+    third = replace(cut, round=2).after_pruning(0.5).after_pruning(0.25)
+    assert third.prune_s == (1.5, 0, 0.75)
+    assert Progress.from_dict(json.loads(json.dumps(asdict(third)))) == third
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("read", value) for value in ([64], 64, {"0": -1}, {"0": 0.5}, {"0": True}, {"0": None})),
+        *(("prune_s", value) for value in (0.5, {"0": 0.5}, [-0.5], ["0.5"], [math.inf], [math.nan])),
+        *(("tokens", value) for value in (-1, 0.5, "1", [1], {"0": 1}, 2**53)),
+    ],
+)
+def test_a_checkpoint_that_holds_no_progress_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"extras\.{name} is"):
+        Progress.from_dict({**json.loads(json.dumps(asdict(Progress()))), name: value})

@@ -26,7 +26,7 @@ def test_a_share_far_from_the_one_asked_for_is_told(
     held_out: int, train: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = (SimpleNamespace(num_tokens=count) for count in (held_out, train))
-    corpus = SimpleNamespace(**dict(zip(("held_out", "calibrating"), parts, strict=True)))
+    corpus = SimpleNamespace(held_out=SimpleNamespace(rows=next(parts)), calibrating=next(parts))
     tell_text(corpus, Data(held_out_fraction=0.1))  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert out.startswith(said) and bool(out) == bool(said)

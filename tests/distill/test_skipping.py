@@ -35,14 +35,14 @@ class Said:
 def _steps(skipped: list[bool]) -> Progress:
     progress = Progress()
     for each in skipped:
-        progress = progress.after_step(rows=4, tokens=100, skipped=each)
+        progress = progress.after_step(tokens=100, skipped=each)
     return progress
 
 
 def test_skipped_steps_are_counted_and_data_goes_on() -> None:
     progress = _steps([False, True, True, False, True])
     assert (progress.skipped, progress.skipped_in_a_row) == (3, 1)
-    assert (progress.step, progress.rows, progress.tokens) == (5, 20, 500)
+    assert (progress.step, progress.tokens) == (5, 500)
 
 
 def test_each_is_told_and_a_sound_one_ends_the_row(tmp_path: Path) -> None:

@@ -59,6 +59,46 @@ def test_a_position_is_all_there_is_to_know() -> None:
     assert rows(Stream(sources, [2, 1], seed=2), range(50)) != rows(stream, range(50))
 
 
+@pytest.mark.parametrize("weights", [None, [2, 1, 1]])
+def test_a_later_round_goes_on_in_each_source(weights: list[float] | None) -> None:
+    sources = [source("a", 400), source("b", 300), source("c", 900)][: len(weights or "1")]
+    stream = Stream(sources, weights, seed=4)
+    first, read = rows(stream, range(150)), stream.read(150)
+    assert read == {
+        name: 8 * sum(letter == each for each, _ in first)
+        for name, letter in zip(["whole"] if weights is None else "012", "abc", strict=False)
+    }
+    later = stream.after(read)
+    second = rows(later, range(150))
+    assert not {*first} & {*second}, "no row comes twice before all have come"
+    assert Counter(name for name, _ in second) == Counter(name for name, _ in first)
+    both = later.read(150)
+    assert both == {name: 2 * tokens for name, tokens in read.items()}
+    assert rows(stream.after(both), range(9)) == rows(later.after(both), range(9))
+
+
+def test_shares_that_change_lose_and_repeat_no_row() -> None:
+    sources = [source("a", 400), source("b", 700), source("c", 400)]
+    shares = [[1, 1, 0], [0, 1, 1], [1, 2, 1]]
+    read: dict[str, int] = {}
+    seen: Counter[Any] = Counter()
+    for weights in shares:
+        held = [each if weight else None for each, weight in zip(sources, weights, strict=True)]
+        stream = Stream(held, weights, seed=2).after(read)
+        seen.update(rows(stream, range(300)))
+        read = {**read, **stream.read(300)}
+    assert sum(seen.values()) == 900 and set(seen.values()) == {1}
+    assert [8 * sum(name == each for name, _ in seen) for each in "abc"] == [read[each] for each in "012"]
+    whole = Stream([source("a", 3)], None, seed=2)
+    assert whole.after(read).read(0) == {"whole": 0}, "the sources together are packed otherwise"
+
+
+def test_rows_of_another_length_go_on_at_the_same_share() -> None:
+    longer = source("a", 50)
+    longer.seq_len = 16
+    assert Stream([longer], None, seed=1).after({"whole": 8 * 21}).read(3) == {"whole": 16 * (10 + 3)}
+
+
 def test_what_others_ask_of_a_stream() -> None:
     stream = Stream([source("a", 5), source("b", 9)], [1, 1], seed=1)
     beginning = Beginning(stream, 4)
