@@ -368,7 +368,7 @@ FAULTS = (
         "the corpus disappears in the first round (whose rows are read by then)",
         vanishing,
         2,
-        r"error: data.path=.*data-gone.jsonl does not exist",
+        r"error: data.path=.*\.jsonl does not exist",
         lines=1,
     ),
     Fault(
@@ -376,7 +376,7 @@ FAULTS = (
         "a record of the corpus is broken, `--max-restarts 3`",
         broken_record,
         2,
-        r"error: .*data-broken.jsonl.* line 41",
+        r"error: .*\.jsonl, line 41",
         lines=1,
     ),
     Fault(
