@@ -53,7 +53,7 @@ def read_documents(data: Data, *, cache_dir: Path, show_progress: bool = False) 
 def _read_documents(data: Data, cache_dir: Path, show_progress: bool) -> Dataset:
     from datasets import concatenate_datasets
 
-    paths = [data.path] if isinstance(data.path, str) else list(data.path or ())
+    paths = _paths(data)
     if not paths:
         raise ConfigError(f"data.path={data.path} names no corpus; give {_WANTS}")
     with _progress_bars(show_progress):
@@ -94,7 +94,7 @@ def corpus_files(data: Data) -> list[tuple[str, int, int]] | None:
 
 def _corpus_files(data: Data) -> list[tuple[str, int, int]] | None:
     found: list[tuple[str, int, int]] = []
-    for path in [data.path] if isinstance(data.path, str) else data.path or ():
+    for path in _paths(data):
         if path == PYDOC:
             found.append((f"{PYDOC} {sys.version}", 0, 0))
         else:
@@ -109,8 +109,9 @@ def _corpus_files(data: Data) -> list[tuple[str, int, int]] | None:
 
 def skipped_line(data: Data) -> str:
     """Return a line about the files in folders of `data.path` whose suffix is not read; empty where there are none."""
-    paths = [data.path] if isinstance(data.path, str) else data.path or ()
-    folders = (place for path in paths if path != PYDOC and (place := Path(path).expanduser()).is_dir())
+    folders = (
+        place for path in _paths(data) if path != PYDOC and (place := Path(path).expanduser()).is_dir()
+    )
     counts = Counter(
         file.suffix or "without a suffix"
         for folder in folders
@@ -136,11 +137,9 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
         return [Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})]
     place = Path(path).expanduser()
     files = _files(place)
-    if files is None and (
-        path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1
-    ):
-        raise ConfigError(f"data.path={path} does not exist; give {_WANTS}")
     if files is None:
+        if path.startswith((".", "/", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1:
+            raise ConfigError(f"data.path={path} does not exist; give {_WANTS}")
         return [_from_hub(path, field, cache_dir)]
     if files == [place] and place.suffix not in _SUFFIXES:
         raise ConfigError(f"data.path={path} is a {place.suffix or 'nameless'} file; give {_WANTS}")
@@ -158,6 +157,11 @@ def _load(path: str, field: str, cache_dir: Path) -> list[Dataset]:
         whole = {"files": texts, "stamp": _stamp(plain)}
         sets.insert(0, _generated(text_documents, cache_dir, writer_batch_size=1, **whole))
     return sets
+
+
+def _paths(data: Data) -> list[str]:
+    """Return the entries of `data.path`."""
+    return [data.path] if isinstance(data.path, str) else list(data.path or ())
 
 
 def _files(place: Path) -> list[Path] | None:

@@ -167,11 +167,18 @@ def build_rows(
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     folder = cache_dir / "rows" / key.hexdigest()[:24]
-    drop_if_damaged(folder, "the text is tokenised again")
-    if not folder.is_dir():
+    rows = built_rows(folder, cutter)
+    if rows is None:
         shown = tqdm(texts, desc=f"tokenise {label}", unit=" documents", disable=not show_progress)
         build_once(folder, lambda temporary: _write(temporary, cutter, shown))
-    return Rows(folder, pad_token_id=cutter.pad_token_id)
+        rows = Rows(folder, pad_token_id=cutter.pad_token_id)
+    return rows
+
+
+def built_rows(folder: Path, cutter: Cutter) -> Rows | None:
+    """Return the rows in a folder of the cache, if they are there and whole; what is damaged is removed."""
+    drop_if_damaged(folder, "the text is tokenised again")
+    return Rows(folder, pad_token_id=cutter.pad_token_id) if folder.is_dir() else None
 
 
 def best_fit(lengths_P: NDArray[np.integer], seq_len: int) -> NDArray[np.int64]:

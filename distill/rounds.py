@@ -151,14 +151,7 @@ class Progress:
         if values.keys() != set(names):
             raise ValueError(f"extras must hold {', '.join(names)} and nothing else")
         for name, value in values.items():
-            parts, kinds = [value], (int,)
-            if name == "read" and isinstance(value, dict):
-                parts = list(value.values())
-            elif name == "prune_s" and isinstance(value, list):
-                parts, kinds = value, (int, float)
-            elif name in ("read", "prune_s"):
-                kinds = ()
-            if not all(type(part) in kinds and 0 <= part < 2**53 for part in parts):
+            if not _may_be(name, value):
                 raise ValueError(f"extras.{name} is {value!r:.40}, which is not made of numbers of 0 or more")
         if values["round_step"] > values["step"]:
             raise ValueError(f"extras.round_step is {values['round_step']}, more than step={values['step']}")
@@ -171,6 +164,19 @@ class Progress:
     def again(self, read: Mapping[str, int]) -> Progress:
         """Return the progress at the first step of the same round's next training."""
         return replace(self, attempt=self.attempt + 1, round_step=0, read={**self.read, **read})
+
+
+def _may_be(name: str, value: Any) -> bool:
+    """Whether a checkpoint may hold this as the entry `name` of the progress."""
+    if name == "read":
+        return isinstance(value, dict) and all(_is_number(part, int) for part in value.values())
+    if name == "prune_s":
+        return isinstance(value, list) and all(_is_number(part, int, float) for part in value)
+    return _is_number(value, int)
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return type(value) in kinds and 0 <= value < 2**53
 
 
 def may_repeat(gate: Gate, attempt: int) -> bool:

@@ -13,11 +13,10 @@ import json
 from pathlib import Path
 
 from distill.atomic import build_once
-from distill.checksums import drop_if_damaged
 from distill.config import Data
 from distill.corpus import corpus_files
 from distill.held_out import RULES, Part
-from distill.packing import Cutter, Rows
+from distill.packing import Cutter, Rows, built_rows
 
 
 class RowIndex:
@@ -48,9 +47,7 @@ class RowIndex:
         name = self._entry.read_text(encoding="utf-8", errors="replace").strip()
         if not name:
             return None
-        folder = self._rows / Path(name).name
-        drop_if_damaged(folder, "the text is tokenised again")
-        return Rows(folder, pad_token_id=self._cutter.pad_token_id) if folder.is_dir() else None
+        return built_rows(self._rows / Path(name).name, self._cutter)
 
     def remember(self, rows: Rows) -> None:
         """Write down which rows these files make; where that cannot be written, the text is read again next time."""
